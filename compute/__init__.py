@@ -1,0 +1,1 @@
+"""Tensors: models cut into stages, and generation over them."""

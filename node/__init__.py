@@ -1,0 +1,1 @@
+"""The daemon: sockets, configuration, the connection host, faces."""

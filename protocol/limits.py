@@ -1,0 +1,68 @@
+"""Every bound in one place, each with its unit and the reason for its size.
+
+A queue, frame, table or task count anywhere in Mycel takes its bound from here. `Limits` is handed to
+the connection core at construction, so that a test or an owner can tighten one without patching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the connection core (seconds, bytes, counts)."""
+
+    dial_s: float = 5.0
+    """TCP connect. Three SYN retransmissions fit; a dead address costs no more than this."""
+
+    handshake_s: float = 5.0
+    """From the first byte to a multiplexed connection: four round trips at 1 s each and some arithmetic."""
+
+    membership_s: float = 5.0
+    """From a multiplexed connection to settled membership; one round trip and two signatures."""
+
+    negotiate_s: float = 10.0
+    """How long an inbound stream may take to name its protocol."""
+
+    keepalive_s: float = 0.5
+    """An idle connection pings this often..."""
+
+    silence_s: float = 2.0
+    """...and is dead when nothing at all arrived for this long after a ping (notice in under 3 s)."""
+
+    connections: int = 1024
+    """Connections at once; each costs about 100 kB and two file descriptors at most."""
+
+    pending_handshakes: int = 128
+    """Inbound connections in handshake at once: what a flood of strangers can make us hold."""
+
+    connections_per_ip: int = 256
+    """Inbound connections of one address: generous for carrier NATs, short of all."""
+
+    streams: int = 4096
+    """Open streams per connection and direction."""
+
+    stream_window_min: int = 256 * KIB
+    """yamux's initial window; a fresh stream may send this much unasked."""
+
+    stream_window_max: int = 64 * MIB
+    """What a window may grow to: 1 Gbit/s at 500 ms."""
+
+    connection_window_max: int = 128 * MIB
+    """What one peer can make this node buffer over all its streams."""
+
+    output_bytes: int = 4 * MIB
+    """Bytes enqueued towards one peer before senders wait."""
+
+    multistream_message: int = 1024
+    """A protocol name and its newline; libp2p's own bound."""
+
+    events: int = 4096
+    """Peer events a slow watcher may lag behind."""
+
+
+DEFAULT_LIMITS = Limits()
