@@ -155,6 +155,18 @@ class ModelUnsupported(Exception):
 class Engine(Protocol):
     """One device's tensors. One stage at a time; calls are serialised by the engine."""
 
+    async def describe(self, model: str) -> ModelCard:
+        """The card of a model, read from its configuration and file names without loading weights.
+
+        Raises as `load` does.
+        """
+
+    async def tokenizer_files(self, model: str) -> dict[str, bytes]:
+        """The model's small files that `mycel.compute.tokenizer` needs, by name; converted where it has to be.
+
+        Raises as `load` does, `ModelUnsupported` where the model has no tokenizer that can be converted.
+        """
+
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
         """Load a stage, replacing the one held. `progress` gets (fraction, what).
 
