@@ -64,5 +64,15 @@ class Limits:
     events: int = 4096
     """Peer events a slow watcher may lag behind."""
 
+    membership_bytes: int = 4 * KIB
+    """One message of the membership exchange; a chain and a fresh certificate take under 1 KiB."""
+
+    clock_skew_s: float = 300.0
+    """How far two machines' calendar clocks may differ when certificates are judged: a laptop that has
+    not met a time server for months is off by seconds to a few minutes."""
+
+    certificate_s: float = 365 * 86400.0
+    """Life of the membership certificate that a root holder hands out; renewed when half of it is gone."""
+
 
 DEFAULT_LIMITS = Limits()
