@@ -109,12 +109,22 @@ class Stream(Protocol):
     async def receive_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises `RemoteProtocolError` when the stream ends before them."""
 
-    def deliver_to(self, receiver: Callable[[memoryview | None, Exception | None], None]) -> None:
+    def deliver_to(
+        self, receiver: Callable[[memoryview | None, Exception | None], None], *, credit: bool = True
+    ) -> None:
         """From now on call `receiver` in the connection's reader with each piece as it arrives.
 
         The view is valid during the call only. `receiver(None, None)` is the end of stream,
-        `receiver(None, error)` its loss. It must not block; the window is credited when it returns. This
-        is how small messages are answered without a task hop.
+        `receiver(None, error)` its loss. It must not block. The window is credited when it returns, or, with
+        `credit=False`, by `credit` once the bytes are used up: backpressure without a task that reads. What
+        had arrived before is delivered from within this call. This is how small messages are answered
+        without a task hop.
+        """
+
+    def credit(self, count: int) -> None:
+        """Let the peer send `count` bytes more; only after `deliver_to(..., credit=False)`.
+
+        Never blocks, never raises, does nothing on a stream that is gone.
         """
 
     async def send_eof(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.mesh import Buffer
@@ -15,13 +14,22 @@ ITEM_BYTES = {
 DIMENSIONS_MAX = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A dense, C-ordered, little-endian tensor: `dtype` is a key of `ITEM_BYTES`, `data` its bytes."""
+    """A dense, C-ordered, little-endian tensor: `dtype` is a key of `ITEM_BYTES`, `data` its bytes.
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: Buffer
+    A plain class, because msgspec would take a dataclass apart itself: `mycel.protocol.message` puts its
+    bytes behind the message instead, untouched.
+    """
+
+    __slots__ = ("data", "dtype", "shape")
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.dtype}{list(self.shape)})"
 
     @property
     def nbytes(self) -> int:
