@@ -76,3 +76,43 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Bounds of calls (`mycel.protocol.rpc`), each per peer unless said otherwise."""
+
+    shared_bytes: int = 64 * KIB
+    """Largest message on the stream that small calls share: at 1 Gbit/s it holds up the next for 0.5 ms.
+    Larger ones take a stream of their own."""
+
+    message_bytes: int = 64 * MIB
+    """Largest message, tensors included: 1 024 rows of 16 384 float32."""
+
+    tensors: int = 4096
+    """Tensors in one message: more than a step of a full batch carries."""
+
+    in_flight: int = 16384
+    """Unanswered calls on the shared stream, in each direction. Callers wait, excess arrivals are refused;
+    10 000 at once is what a busy stage sees, and each costs a few kB."""
+
+    in_flight_bytes: int = 128 * MIB
+    """Request bytes that handlers hold or that are on their way in: two of the largest messages."""
+
+    streams: int = 1024
+    """Calls with a stream of their own that are served at once; a quarter of the connection's streams."""
+
+    backlog_bytes: int = 256 * KIB
+    """Bytes waiting for a shared stream's window before senders wait too."""
+
+    items: int = 64
+    """Items of a stream that wait for their consumer, beside what the window holds."""
+
+    threads: int = 64
+    """Worker threads for plain handlers, all peers together: they block, so more than cores."""
+
+    error_text: int = 4096
+    """Characters of a failure's text that travel."""
+
+
+DEFAULT_CALL_LIMITS = CallLimits()
