@@ -1,0 +1,331 @@
+"""What a node can be told, and the one order in which it is told.
+
+A value comes from the first of these that names it: a flag of the command line, the environment
+(`MYCEL_` and the field's name in capitals), the file `config.toml` in the node's home, the preset, the
+default below. `resolve` is that order and nothing else; it reads what it is given, so a test or a
+simulation builds a `Config` directly. Only node/ reads the environment, and only here.
+
+A key that does not exist is an error that names the nearest one that does: a typo must not run for a week
+as a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from multiaddr import Multiaddr
+
+from mycel.protocol.errors import MycelError
+from mycel.protocol.limits import DEFAULT_LIMITS, MIB, Limits
+
+ENVIRONMENT_PREFIX = "MYCEL_"
+DEFAULT_HOME = "~/.mycel"
+CONFIG_FILE = "config.toml"
+
+
+class ConfigError(MycelError):
+    """A setting that cannot be used. The text names the setting, where it came from, and what would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One node's settings. Sizes are bytes, times seconds; texts such as "8GiB" are read as sizes."""
+
+    home: Path = field(default_factory=lambda: Path(DEFAULT_HOME).expanduser())
+    """The folder that holds the node's key, its membership, its config file and what it remembers of
+    peers. One node, one home: to run several nodes on a machine give each its own."""
+
+    preset: str = "lan"
+    """local: this machine only (loopback, quick verdicts; for trying things out and for tests). lan: all
+    interfaces of this machine, verdicts in seconds. wan: the same with deadlines for slow, lossy links.
+    A preset only changes defaults; every field below may still be set by itself."""
+
+    label: str = ""
+    """A name for people, shown by `mycel peers`. It proves nothing. Empty: the machine's host name."""
+
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    """Multiaddrs to listen on. Port 0 means the port of last time, or any free one the first time, so that
+    tickets stay good over a restart; name a port where a firewall must let it through."""
+
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of the ones listened on: the public side of a forwarded port."""
+
+    bootstrap: tuple[str, ...] = ()
+    """Further multiaddrs (each ending in /p2p/ID) to dial besides those in the ticket. Useful when the
+    machine that issued the ticket has moved."""
+
+    api: str = "127.0.0.1:0"
+    """HOST:PORT of the HTTP API (OpenAI's, metrics, and what the command line talks to). Port 0: the port of
+    last time, else 4810 if free, else any. Beyond loopback an `api_token` is demanded."""
+
+    api_token: str = ""
+    """What clients must send as a bearer token (OpenAI clients: their api_key). Empty: no token, which is
+    allowed on loopback only. Prefer the environment or the config file: flags show in process lists."""
+
+    serve: tuple[str, ...] = ()
+    """Models to lend layers of from the start, each MODEL or MODEL@i:j: a local directory or a hub id, and
+    layers i up to, not including, j."""
+
+    assign: bool = True
+    """Take layers of models that the swarm runs, when asked for none by name and this machine can find the
+    model. Turn it off for a machine that shall only ask, never serve."""
+
+    stages: int = 0
+    """Over how many peers a model should be spread. 0: as few as hold it. More stages than needed cost a
+    hop each per token; ask for them to keep each peer's share small."""
+
+    memory_bytes: int = 0
+    """Memory for weights that this node lends. 0: half of what is free at the start."""
+
+    kv_bytes_max: int = 2048 * MIB
+    """Memory for the key-value caches of all sessions together. A session that does not fit is refused."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto (the first GPU, else the CPU)."""
+
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto (as the checkpoint says)."""
+
+    threads: int = 0
+    """Cores for torch. 0: all that this process may use. Share them out when several nodes run on one
+    machine, or they will slow each other down."""
+
+    connections_max: int = DEFAULT_LIMITS.connections
+    """Connections at once, strangers' included."""
+
+    dial_s: float = DEFAULT_LIMITS.dial_s
+    """How long a TCP connect may take."""
+
+    handshake_s: float = DEFAULT_LIMITS.handshake_s
+    """How long from the first byte to a settled connection, membership apart."""
+
+    keepalive_s: float = DEFAULT_LIMITS.keepalive_s
+    """How often an idle connection is pinged. Each ping is about 60 bytes."""
+
+    silence_s: float = DEFAULT_LIMITS.silence_s
+    """How long after an unanswered ping a peer counts as gone. Shorter notices a dead stage sooner; too
+    short takes a hiccup of the link for a death."""
+
+    redial_s: float = 0.5
+    """How soon a lost bootstrap peer is dialled again; doubles with each failure up to `redial_max_s`."""
+
+    redial_max_s: float = 30.0
+    """The longest wait between two dials of a peer that does not answer."""
+
+    layers_wait_s: float = 5.0
+    """How long a generation waits for somebody to hold layers that nobody holds, before it fails."""
+
+    leave_s: float = 3.0
+    """How long a node that is stopped stays to let sessions move to others. Ctrl-C twice skips it."""
+
+    log: str = "warning"
+    """debug, info, warning or error: what goes to the node's standard error."""
+
+    def validate(self) -> Config:
+        """Raise `ConfigError` naming the first setting that cannot be used; returns itself."""
+        _check(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
+        for name in ("listen", "announce", "bootstrap"):
+            for addr in getattr(self, name):
+                _check(_is_tcp(addr), name, addr, "a multiaddr such as /ip4/0.0.0.0/tcp/4800")
+        for addr in self.bootstrap:
+            _check("/p2p/" in addr, "bootstrap", addr, "a multiaddr that ends in /p2p/PEER_ID")
+        host, port = split_host_port(self.api)
+        if not is_loopback(host) and not self.api_token:
+            raise ConfigError(
+                f"api = {self.api!r} can be reached from other machines: set api_token as well "
+                "(MYCEL_API_TOKEN, or api_token in config.toml), or bind it to 127.0.0.1"
+            )
+        _check(0 <= port < 65536, "api", self.api, "HOST:PORT with a port below 65536")
+        for item in self.serve:
+            parse_model_layers(item)
+        for name in _POSITIVE:
+            _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        for name in ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(self.redial_s <= self.redial_max_s, "redial_max_s", self.redial_max_s, "at least redial_s")
+        _check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", self.device,
+               "cpu, cuda, cuda:N or auto")  # fmt: skip
+        for name, allowed in (("dtype", DTYPES), ("log", LOG_LEVELS)):
+            _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
+        return self
+
+    def limits(self) -> Limits:
+        """The connection core's bounds, with this config's deadlines in them."""
+        return replace(
+            DEFAULT_LIMITS,
+            connections=self.connections_max,
+            dial_s=self.dial_s,
+            handshake_s=self.handshake_s,
+            keepalive_s=self.keepalive_s,
+            silence_s=self.silence_s,
+        )
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepalive_s", "silence_s",
+             "redial_s", "redial_max_s")  # fmt: skip
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "local": {
+        "listen": ("/ip4/127.0.0.1/tcp/0",),
+        "dial_s": 2.0,
+        "keepalive_s": 0.25,
+        "silence_s": 1.5,
+        "redial_s": 0.1,
+        "redial_max_s": 2.0,
+        "layers_wait_s": 3.0,
+    },
+    "lan": {},
+    "wan": {
+        "dial_s": 10.0,
+        "handshake_s": 10.0,
+        "keepalive_s": 2.0,
+        "silence_s": 6.0,
+        "redial_s": 2.0,
+        "redial_max_s": 120.0,
+        "layers_wait_s": 20.0,
+        "leave_s": 10.0,
+    },
+}
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
+    """The config by its one precedence. `flags` holds only what was given; `home` comes from flags or
+    environment, for the config file lies in it. Raises `ConfigError`."""
+    from_environment = {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for key, value in environ.items()
+        if key.startswith(ENVIRONMENT_PREFIX)
+    }
+    given = _read(flags, "the command line")
+    named = _read(from_environment, "the environment")
+    home = Path(given.get("home") or named.get("home") or DEFAULT_HOME).expanduser().absolute()
+    path = home / CONFIG_FILE
+    filed = _read(_read_file(path), str(path))
+    if "home" in filed:
+        raise ConfigError(f"{path}: home cannot be set in the file that lies in it; use --home or MYCEL_HOME")
+    chosen = {**filed, **named, **given, "home": home}
+    preset = chosen.get("preset", Config.__dataclass_fields__["preset"].default)
+    return Config(**{**PRESETS.get(preset, {}), **chosen}).validate()
+
+
+def describe() -> Sequence[tuple[str, str]]:
+    """(field, default as text) of every setting, in order."""
+    return [
+        (item.name, repr(item.default) if item.default is not MISSING else DEFAULT_HOME)
+        for item in fields(Config)
+    ]
+
+
+def parse_model_layers(text: str) -> tuple[str, tuple[int, int] | None]:
+    """`MODEL` or `MODEL@i:j` into (model, (i, j) or None). Raises `ConfigError`."""
+    model, at, layers = text.rpartition("@")
+    if not at:
+        return text, None
+    return model, parse_layers(layers)
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """`i:j` into (i, j) with i < j. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"layers {text!r} are not i:j with i below j, as in 0:8 (layers 0 to 7)")
+    return int(match[1]), int(match[2])
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """HOST:PORT (brackets around an IPv6 host) into its parts. Raises `ConfigError`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise ConfigError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:4810")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1024", "512MiB", "8GiB" or "2GB". Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(text)
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _read(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    known = {item.name: item for item in fields(Config)}
+    out = {}
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{source} sets {name!r}, which is no setting. The nearest is {near!r}")
+        out[name] = _convert(name, str(known[name].type), value, source)
+    return out
+
+
+def _convert(name: str, kind: str, value: Any, source: str) -> Any:
+    try:
+        if kind == "tuple[str, ...]":
+            items = re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
+            if not all(isinstance(item, str) for item in items):
+                raise ValueError(value)
+            return tuple(item for item in items if item)
+        if kind == "bool":
+            return value if isinstance(value, bool) else _BOOLS[value.lower()]
+        if kind == "Path":
+            return Path(value)
+        if kind == "int" and isinstance(value, str):
+            return parse_size(value)
+        if kind in ("int", "float"):
+            if isinstance(value, bool) or (kind == "int" and not isinstance(value, int)):
+                raise ValueError(value)
+            return float(value) if kind == "float" else value
+        if not isinstance(value, str):
+            raise ValueError(value)
+        return value
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source}: {name} = {value!r} is not {_KINDS[kind]}") from error
+
+
+_BOOLS = {"1": True, "true": True, "yes": True, "on": True,
+          "0": False, "false": False, "no": False, "off": False}  # fmt: skip
+_KINDS = {
+    "tuple[str, ...]": "a list of texts",
+    "bool": "true or false",
+    "Path": "a path",
+    "int": "a whole number (sizes may be written 8GiB)",
+    "float": "a number",
+    "str": "a text",
+}
+
+
+def _is_tcp(addr: str) -> bool:
+    try:
+        names = [protocol.name for protocol in Multiaddr(addr).protocols()]
+    except (ValueError, LookupError):
+        return False
+    return len(names) >= 2 and names[0] in ("ip4", "ip6", "dns", "dns4", "dns6") and names[1] == "tcp"
+
+
+def _check(good: bool, name: str, value: object, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} = {value!r}: it must be {wanted}")
