@@ -1,0 +1,133 @@
+"""Whom to dial and when: the plan by which a swarm's mesh becomes and stays connected.
+
+Pure: events and the time come in, dials come out. A node knows **contacts**, peers with addresses, from
+three sources: its ticket and config (lasting: dialled for ever), what it remembers of its last run, and what
+members tell each other (`mycel.node.gather`). Every contact that is not connected is dialled; a failure
+doubles its wait, with a random spread so that the peers of a node that came back do not all knock at once.
+A contact that is not lasting is forgotten after some failures in a row: somebody will tell of it again if
+it lives. A peer that refuses this node is not asked again before the longest wait.
+
+Everything is bounded: contacts, addresses of one, dials at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mycel.protocol.mesh import PeerId
+
+CONTACTS_MAX = 1024
+ADDRS_MAX = 8
+DIALS_MAX = 16
+FAILURES_MAX = 6
+"""Failures in a row after which a contact is forgotten unless it is lasting."""
+
+
+@dataclass(slots=True)
+class Contact:
+    """A peer that this node wants to be connected with."""
+
+    peer: PeerId
+    addrs: tuple[str, ...]
+    lasting: bool
+    due_s: float
+    """Trio time of the next dial."""
+    is_connected: bool = False
+    is_dialling: bool = False
+    failures: int = 0
+    trouble: str = ""
+    """Why the last dial failed."""
+
+
+class Contacts:
+    """The table of contacts. Waits are seconds; `spread` is a random number in [0, 1)."""
+
+    def __init__(self, own: PeerId, *, redial_s: float, redial_max_s: float) -> None:
+        self._own = own
+        self._redial_s = redial_s
+        self._redial_max_s = redial_max_s
+        self._table: dict[PeerId, Contact] = {}
+
+    def learn(self, peer: PeerId, addrs: Iterable[str], now: float, *, lasting: bool = False) -> None:
+        """Somebody says that `peer` listens on `addrs`; newer addresses come first."""
+        if peer == self._own:
+            return
+        contact = self._table.get(peer)
+        if contact is None:
+            if len(self._table) >= CONTACTS_MAX and not self._forget_one():
+                return
+            contact = self._table[peer] = Contact(peer, (), lasting, now)
+        contact.lasting = contact.lasting or lasting
+        known = contact.addrs if not lasting else ()
+        contact.addrs = tuple(dict.fromkeys([*addrs, *known]))[:ADDRS_MAX]
+
+    def plan_dials(self, now: float) -> list[Contact]:
+        """Contacts to dial now; each stays marked until `on_up` or `on_failed`."""
+        busy = sum(contact.is_dialling for contact in self._table.values())
+        due = [one for one in self._table.values() if self._is_idle(one) and one.due_s <= now]
+        chosen = sorted(due, key=lambda one: one.due_s)[: max(0, DIALS_MAX - busy)]
+        for contact in chosen:
+            contact.is_dialling = True
+        return chosen
+
+    def next_s(self) -> float:
+        """Trio time at which `plan_dials` will have something, infinity for never."""
+        return min((one.due_s for one in self._table.values() if self._is_idle(one)), default=math.inf)
+
+    def on_up(self, peer: PeerId) -> None:
+        """`peer` is connected, whoever dialled."""
+        contact = self._table.get(peer)
+        if contact is not None:
+            contact.is_connected, contact.is_dialling = True, False
+            contact.failures, contact.trouble = 0, ""
+
+    def on_down(self, peer: PeerId, now: float) -> None:
+        """The last connection to `peer` ended; it is dialled again soon."""
+        contact = self._table.get(peer)
+        if contact is not None:
+            contact.is_connected = False
+            contact.due_s = now + self._redial_s
+
+    def on_failed(self, peer: PeerId, now: float, spread: float, trouble: str, *, refused: bool) -> None:
+        """A dial of `peer` failed; `refused` when the peer itself said no."""
+        contact = self._table.get(peer)
+        if contact is None:
+            return
+        contact.is_dialling = False
+        contact.failures += 1
+        contact.trouble = trouble
+        if contact.failures >= FAILURES_MAX and not contact.lasting and not contact.is_connected:
+            del self._table[peer]
+            return
+        wait = self._redial_max_s if refused else self._redial_s * 2.0 ** min(contact.failures - 1, 32)
+        contact.due_s = now + min(wait, self._redial_max_s) * (0.75 + 0.5 * spread)
+
+    def forget(self, peer: PeerId) -> None:
+        """Dial `peer` no more (it said that it leaves), until somebody tells of it again."""
+        contact = self._table.get(peer)
+        if contact is not None and not contact.lasting:
+            del self._table[peer]
+
+    def told(self) -> Sequence[Contact]:
+        """Contacts worth telling others and remembering: those connected, ordered by peer id."""
+        return sorted((one for one in self._table.values() if one.is_connected), key=lambda one: one.peer)
+
+    def troubled(self) -> Sequence[Contact]:
+        """Contacts that could not be reached when last tried, ordered by peer id."""
+        return sorted(
+            (one for one in self._table.values() if one.trouble and not one.is_connected),
+            key=lambda one: one.peer,
+        )
+
+    def _is_idle(self, contact: Contact) -> bool:
+        return bool(contact.addrs) and not contact.is_connected and not contact.is_dialling
+
+    def _forget_one(self) -> bool:
+        """Make room: drop the contact with the most failures that is neither lasting nor in use."""
+        idle = [one for one in self._table.values() if self._is_idle(one) and not one.lasting]
+        if not idle:
+            return False
+        del self._table[max(idle, key=lambda one: (one.failures, one.peer)).peer]
+        return True
