@@ -1,0 +1,282 @@
+"""One node's `Mesh` in a simulated mesh: its peers, handlers, watchers and signatures."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import base58
+import trio
+from multiaddr import Multiaddr
+
+from mycel.protocol.address import endpoint_of
+from mycel.protocol.errors import ConnectionLost, DialError, LimitExceeded
+from mycel.protocol.limits import DEFAULT_LIMITS
+from mycel.protocol.mesh import (
+    Access,
+    PathKind,
+    PeerDown,
+    PeerEvent,
+    PeerId,
+    PeerInfo,
+    PeerUp,
+    StreamHandler,
+)
+from mycel.simnet.mesh_link import ConnectionEnd, connect_ends
+from mycel.simnet.stream import MeshStream
+
+if TYPE_CHECKING:
+    from mycel.simnet.mesh import MeshWorld
+
+PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"
+"""Identity multihash of an Ed25519 public key message: what makes a peer id begin with 12D3KooW."""
+
+CONNECT_ROUND_TRIPS = 4
+"""TCP, Noise, yamux with identify, and the membership exchange."""
+
+RETRANSMIT_S = 0.2
+"""How often a dial into a cut tries again."""
+
+PORT = 4001
+
+
+class PeerNews:
+    """What one watcher has not read yet."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[PeerEvent](DEFAULT_LIMITS.events)
+
+    def put(self, event: PeerEvent) -> None:
+        """Add news; a watcher that lags too far behind is told so at its next read."""
+        try:
+            self._send.send_nowait(event)
+        except (trio.WouldBlock, trio.ClosedResourceError):
+            self._send.close()
+
+    def __aiter__(self) -> PeerNews:
+        return self
+
+    async def __anext__(self) -> PeerEvent:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            raise LimitExceeded(
+                f"this watcher fell more than limits.events = {DEFAULT_LIMITS.events} peer events behind"
+            ) from None
+
+
+class SimMesh:
+    """One node's `Mesh`."""
+
+    def __init__(self, world: MeshWorld, index: int, name: str, access: Access, swarm: str) -> None:
+        seed = f"{world.options.seed} {index} {name}".encode()
+        self.world = world
+        self.name = name
+        self.access = access
+        self.swarm = swarm
+        self.host = f"10.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}"
+        self._secret = hashlib.sha256(b"secret " + seed).digest()
+        self._peer_id = PeerId(
+            base58.b58encode(PEER_ID_PREFIX + hashlib.sha256(self._secret).digest()).decode()
+        )
+        self._random = random.Random(seed)
+        self._listen = Multiaddr(f"/ip4/{self.host}/tcp/{PORT}/p2p/{self._peer_id}")
+        self._ends: dict[PeerId, ConnectionEnd] = {}
+        self._peers: dict[PeerId, PeerInfo] = {}
+        self._handlers: dict[str, tuple[StreamHandler, Access]] = {}
+        self._watchers: dict[int, PeerNews] = {}
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._dead = False
+        self.handler_errors = 0
+        self.last_handler_error: Exception | None = None
+
+    def __repr__(self) -> str:
+        return f"<SimMesh {self.name} {self._peer_id}>"
+
+    @property
+    def peer_id(self) -> PeerId:
+        """See `Mesh.peer_id`."""
+        return self._peer_id
+
+    @property
+    def peers(self) -> Mapping[PeerId, PeerInfo]:
+        """See `Mesh.peers`."""
+        return self._peers
+
+    @property
+    def listen_addrs(self) -> Sequence[Multiaddr]:
+        """See `Mesh.listen_addrs`."""
+        return (self._listen,)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once killed."""
+        return not self._dead
+
+    async def connect(self, addrs: Sequence[Multiaddr | str], *, timeout: float | None = None) -> PeerId:
+        """See `Mesh.connect`. Addresses are tried in order: here they differ in nothing but who is there."""
+        seconds = self.world.options.dial_s if timeout is None else timeout
+        failures: list[str] = []
+        with trio.move_on_after(seconds):
+            for addr in addrs:
+                expected = endpoint_of(addr).peer
+                if expected in self._peers:
+                    return expected
+                node = self.world.find(addr)
+                if node is None or (expected is not None and node.peer_id != expected):
+                    await trio.sleep(2 * self.world.options.latency_s_min)
+                    failures.append(f"{addr}: connection refused")
+                    continue
+                if node.peer_id == self._peer_id:
+                    failures.append(f"{addr}: that is this node itself")
+                    continue
+                if await self._dial(node):
+                    return node.peer_id
+                failures.append(f"{addr}: connection reset")
+        if len(failures) < len(addrs):
+            failures.append(f"{addrs[len(failures)]}: no answer within {seconds:g} s")
+        raise DialError("; ".join(failures) or "no address to dial")
+
+    async def _dial(self, node: SimMesh) -> bool:
+        """Spend the handshake's round trips. False when the other end died meanwhile."""
+        steps = CONNECT_ROUND_TRIPS
+        while steps:
+            if self.world.is_blocked(self._peer_id, node.peer_id):
+                await trio.sleep(RETRANSMIT_S)  # the deadline of the dial ends it
+                continue
+            await trio.sleep(2 * self.world.latency(self._peer_id, node.peer_id))
+            if not (node.is_alive and self.is_alive):
+                return False
+            steps -= 1
+        if node.peer_id not in self._peers:
+            connect_ends(self, node)
+        return True
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> MeshStream:
+        """See `Mesh.open_stream`."""
+        end = self._ends.get(peer)
+        if end is None:
+            raise ConnectionLost(f"not connected to {peer}; connect first", reason="closed")
+        await trio.lowlevel.checkpoint()
+        return end.open_stream(protocol)
+
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, access: Access = Access.MEMBER) -> None:
+        """See `Mesh.serve_stream`."""
+        self._handlers[protocol] = (handler, access)
+
+    def handler_of(self, protocol: str) -> tuple[StreamHandler, Access] | None:
+        """Who serves `protocol` here, and to whom."""
+        return self._handlers.get(protocol)
+
+    def start_handler(self, handler: StreamHandler, stream: MeshStream) -> None:
+        """Serve one inbound stream in a task of its own, until the node dies."""
+        self.world.nursery.start_soon(self._handle, handler, stream)
+
+    async def _handle(self, handler: StreamHandler, stream: MeshStream) -> None:
+        with trio.CancelScope() as scope:
+            if not self.is_alive:
+                return
+            self._scopes[id(scope)] = scope
+            try:
+                await handler(stream)
+            except Exception as error:  # boundary: a handler's failure ends its own stream only
+                self.count_error(stream.protocol, error)
+                stream.reset()
+            finally:
+                del self._scopes[id(scope)]
+
+    def count_error(self, protocol: str, error: Exception) -> None:
+        """A handler or receiver of `protocol` raised."""
+        self.handler_errors += 1
+        self.last_handler_error = error
+
+    def on_up(self, end: ConnectionEnd) -> None:
+        """A connection stands and its membership is settled."""
+        other = end.other.node
+        access = other.access if other.swarm == self.swarm else Access.STRANGER
+        self._ends[other.peer_id] = end
+        self._peers[other.peer_id] = PeerInfo(
+            peer=other.peer_id,
+            access=access,
+            addr=other.listen_addrs[0],
+            path=PathKind.DIRECT,
+            agent="mycel-simnet",
+            listen_addrs=tuple(other.listen_addrs),
+            protocols=tuple(other.protocols),
+            inbound=end.inbound,
+            since=trio.current_time(),
+        )
+        self._tell(PeerUp(other.peer_id, access))
+
+    def on_down(self, peer: PeerId, reason: str, text: str) -> None:
+        """The connection to `peer` is over."""
+        del self._ends[peer], self._peers[peer]
+        self._tell(PeerDown(peer, reason, text))
+
+    def _tell(self, event: PeerEvent) -> None:
+        for watcher in list(self._watchers.values()):
+            watcher.put(event)
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        """What this node serves."""
+        return tuple(self._handlers)
+
+    def disconnect(self, peer: PeerId, reason: str) -> None:
+        """See `Mesh.disconnect`."""
+        end = self._ends.get(peer)
+        if end is not None:
+            end.close(reason)
+
+    def crash(self) -> None:
+        """Stop every handler and reset every connection."""
+        self._dead = True
+        for end in list(self._ends.values()):
+            end.crash()
+        for scope in list(self._scopes.values()):
+            scope.cancel()
+
+    def watch_silence(self) -> None:
+        """Something was cut: connections that it severs will be noticed when they stay severed."""
+        for end in self._ends.values():
+            end.watch_silence()
+
+    def release_held(self) -> None:
+        """Something healed: what TCP kept retransmitting arrives now."""
+        for end in self._ends.values():
+            end.release()
+
+    def sign(self, data: bytes) -> bytes:
+        """See `Mesh.sign`: 64 bytes that only this node can make (HMAC-SHA512 with its secret)."""
+        return hmac.digest(self._secret, data, "sha512")
+
+    def verify(self, peer: PeerId, data: bytes, signature: bytes) -> bool:
+        """See `Mesh.verify`: the world knows every node's secret and checks for us."""
+        author = self.world.nodes.get(peer)
+        return author is not None and hmac.compare_digest(author.sign(data), signature)
+
+    def rtt(self, peer: PeerId) -> float | None:
+        """See `Mesh.rtt`."""
+        return 2 * self.world.latency(self._peer_id, peer) if peer in self._peers else None
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[PeerEvent]]:
+        """See `Mesh.events`."""
+        news = PeerNews()
+        self._watchers[id(news)] = news
+        try:
+            yield news
+        finally:
+            del self._watchers[id(news)]
+
+    def wall(self) -> float:
+        """See `Mesh.wall`."""
+        return self.world.wall()
+
+    def entropy(self, count: int) -> bytes:
+        """See `Mesh.entropy`."""
+        return self._random.randbytes(count)
