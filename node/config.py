@@ -67,6 +67,13 @@ class Config:
     """Take layers of models that the swarm runs, when asked for none by name and this machine can find the
     model. Turn it off for a machine that shall only ask, never serve."""
 
+    assign_from_hub: bool = False
+    """Whether models that others name may be downloaded for that from the Hugging Face hub. Off, they are
+    only looked for in `models`; what this machine's owner serves by name is fetched in any case."""
+
+    models: tuple[str, ...] = ()
+    """Folders to look in for models by name: NAME is found as FOLDER/NAME."""
+
     stages: int = 0
     """Over how many peers a model should be spread. 0: as few as hold it. More stages than needed cost a
     hop each per token; ask for them to keep each peer's share small."""
@@ -86,6 +93,10 @@ class Config:
     threads: int = 0
     """Cores for torch. 0: all that this process may use. Share them out when several nodes run on one
     machine, or they will slow each other down."""
+
+    revoked: tuple[str, ...] = ()
+    """Peer ids that are not let in whatever they show. On the node that founded the swarm this also ends
+    the renewal of their membership."""
 
     connections_max: int = DEFAULT_LIMITS.connections
     """Connections at once, strangers' included."""
