@@ -162,7 +162,7 @@ class Engine(Protocol):
         """
 
     async def tokenizer_files(self, model: str) -> dict[str, bytes]:
-        """The model's small files that `mycel.compute.tokenizer` needs, by name; converted where it has to be.
+        """The small files that `mycel.compute.tokenizer` reads, by name; converted where it has to be.
 
         Raises as `load` does, `ModelUnsupported` where the model has no tokenizer that can be converted.
         """
@@ -170,7 +170,8 @@ class Engine(Protocol):
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
         """Load a stage, replacing the one held. `progress` gets (fraction, what).
 
-        Raises `ModelUnsupported`, `FileNotFoundError` (no such directory or hub id), `EngineLost`.
+        Raises `ModelUnsupported`, `FileNotFoundError` (no such directory or hub id), `ValueError` (a span,
+        dtype or device that makes no sense), `EngineLost`.
         """
 
     async def step(self, works: Sequence[Work]) -> list[Done]:
