@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,9 +60,11 @@ def load_seed(path: Path, purpose: str) -> bytes:
         raise
     except OSError as error:
         raise KeyFileError(f"cannot read the {purpose} key {path}: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
+    try:
         _check_guarded(path, purpose, os.fstat(descriptor))
-        content = file.read(FILE_BYTES_MAX + 1)
+        content = os.read(descriptor, FILE_BYTES_MAX + 1)
+    finally:
+        os.close(descriptor)
     return _parse(path, purpose, content)
 
 
@@ -74,9 +77,9 @@ def create_key(path: Path, purpose: str, seed: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(path, text.encode("ascii"), replace=False)
-    except FileExistsError:
-        raise
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise
         raise KeyFileError(f"cannot write the {purpose} key {path}: {error.strerror}") from None
 
 
@@ -86,9 +89,8 @@ def write_private(path: Path, data: bytes, *, replace: bool) -> None:
     With `replace` it takes the place of what was there; without, it raises `FileExistsError`. Other
     failures raise `OSError`.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)  # left by a crash of a process that had our number
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = Path(name)  # opened with O_EXCL and mode 0600
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
@@ -144,7 +146,7 @@ def _parse(path: Path, purpose: str, content: bytes) -> bytes:
     if len(raw) != SEED_BYTES + 4 or raw[SEED_BYTES:] != _checksum(seed):
         raise broken
     if found != purpose:
-        raise KeyFileError(f"{path} is a {found} key, not a {purpose} key: check the file names")
+        raise KeyFileError(f"{path} holds the {found} key, not the {purpose} key: check the file names")
     return seed
 
 

@@ -93,9 +93,6 @@ def join_swarm(
     another swarm and `leave` was not said.
     """
     check_ticket(ticket, now)
-    root = load_root(home)
-    if root is not None and root.public == ticket.root:
-        return open_trust(home, now=now, entropy=entropy)  # the founder needs no ticket of its own
     held = _read_chain(home)
     other = read_certificate(held.links[0]).swarm if held is not None else None
     if other is not None and other != ticket.root and not leave:
@@ -103,6 +100,10 @@ def join_swarm(
             f"this node belongs to swarm {swarm_id(other)} already: use another home directory for a second "
             "swarm, or leave the first with --leave"
         )
+    root = load_root(home)
+    if root is not None and root.public == ticket.root:  # the founder needs no ticket of its own
+        (home / CHAIN_FILE).unlink(missing_ok=True)
+        return open_trust(home, now=now, entropy=entropy)
     identity = OwnKey(load_or_create_seed(home / IDENTITY_FILE, IDENTITY, entropy))
     chain = ticket.chain_for(identity.peer_id)
     _write_chain(home, chain)
