@@ -105,8 +105,11 @@ class CallLimits:
     backlog_bytes: int = 256 * KIB
     """Bytes waiting for a shared stream's window before senders wait too."""
 
-    items: int = 64
-    """Items of a stream that wait for their consumer, beside what the window holds."""
+    request_s: float = 10.0
+    """How long a call's own stream may take to bring the first 20 bytes of its request."""
+
+    retry_s: float = 1.0
+    """How long a call that may be asked again waits for the lost peer to be back, deadline permitting."""
 
     threads: int = 64
     """Worker threads for plain handlers, all peers together: they block, so more than cores."""

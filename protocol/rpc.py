@@ -1,55 +1,90 @@
-"""Typed calls between peers, over any `Mesh`."""
+"""Typed calls between peers, over any `Mesh`.
+
+Small unary calls to one peer share one long-lived stream, the *line*, each way its own (so that both
+sides opening one at once needs no agreement): see `call_line` and `serve_line`. Messages above
+`CallLimits.shared_bytes` and all streaming calls have a stream each (`call_single`, `serve_single`), so
+they hold nobody up. A call to this node's own peer id takes the same way over a stream in memory.
+
+A call runs at most once. The exception is a method that says it is idempotent: when its connection is lost
+it is asked once more, as soon as the peer is back.
+
+The deadline is what the caller gives or what its surrounding cancel scopes leave, whichever is less. It
+travels as the time that remains, the handler runs in a cancel scope that ends with it, and so a handler's
+own calls inherit it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Generic
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from mycel.protocol.limits import CallLimits
-from mycel.protocol.mesh import Mesh, PeerId
+from mycel.protocol.call_line import Line, TooLarge
+from mycel.protocol.call_single import CallStream
+from mycel.protocol.callbook import CallBook
+from mycel.protocol.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    LimitExceeded,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from mycel.protocol.frame import NO_DEADLINE
+from mycel.protocol.limits import DEFAULT_CALL_LIMITS, CallLimits
+from mycel.protocol.loop import loop_pair
+from mycel.protocol.mesh import Access, Buffer, Mesh, PeerId, PeerUp, Stream
 from mycel.protocol.method import Call, Handler, Kind, Method, Req, Res
+from mycel.protocol.outlet import STREAM_GONE, Budget
+from mycel.protocol.serve_line import ANSWER, LINE, LineServer, Shop
+from mycel.protocol.serve_single import SINGLE, SingleServer
+
+if TYPE_CHECKING:
+    from trio._core._run import TaskStatus
 
 __all__ = ["Call", "CallStream", "Kind", "Method", "Rpc"]
-
-
-class CallStream(Generic[Req, Res]):
-    """The caller's end of a streaming call. One task sends and one receives at a time."""
-
-    async def send(self, item: Req) -> None:
-        """Send one request; waits while the handler is behind. Raises as `Rpc.call`."""
-        raise NotImplementedError
-
-    async def end(self) -> None:
-        """Say that no more requests come; responses still do."""
-        raise NotImplementedError
-
-    async def receive(self) -> Res:
-        """The next response. Raises `trio.EndOfChannel` after the last, else as `Rpc.call`."""
-        raise NotImplementedError
-
-    def __aiter__(self) -> AsyncIterator[Res]:
-        raise NotImplementedError
 
 
 class Rpc:
     """Serves and makes calls. One per `Mesh`; `run` must be running while it is used."""
 
-    def __init__(self, mesh: Mesh, limits: CallLimits | None = None) -> None:
-        raise NotImplementedError
+    def __init__(self, mesh: Mesh, limits: CallLimits = DEFAULT_CALL_LIMITS) -> None:
+        self._mesh = mesh
+        self._limits = limits
+        self._book = CallBook(mesh)
+        self._shop = Shop(mesh, self._book, limits)
+        self._numbers = itertools.count(1)
+        self._lines: dict[PeerId, Line] = {}
+        self._opening: dict[PeerId, trio.Lock] = {}
+        self._singles: dict[PeerId, int] = {}
+        self._budgets: dict[PeerId, Budget] = {}
+        self._peer_up = trio.lowlevel.ParkingLot()
+        mesh.serve_stream(LINE, self._serve_line, access=Access.SUBMIT)
+        mesh.serve_stream(SINGLE, self._serve_single, access=Access.SUBMIT)
+        mesh.serve_stream(ANSWER, self._take_answer, access=Access.SUBMIT)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Every handler runs under here."""
-        raise NotImplementedError
+        async with trio.open_nursery() as nursery:
+            self._shop.nursery = nursery
+            try:
+                task_status.started()
+                while True:
+                    await self._watch_peers()
+            finally:
+                self._shop.nursery = None
+                for line in list(self._lines.values()):
+                    line.close(ConnectionLost("this node's calls were shut down", reason="closed"))
 
     def serve(self, method: Method[Req, Res], handler: Handler[Req, Res], *, inline: bool = False) -> None:
         """Let `handler` answer calls of `method`. May be called before or during `run`, once per name.
 
-        A later `serve` of the same name raises `LocalProtocolError`.
+        Raises `LocalProtocolError` for a name taken or a handler that is not of the method's kind.
         """
-        raise NotImplementedError
+        self._book.add(method, handler, inline)
 
     async def call(
         self,
@@ -72,7 +107,21 @@ class Rpc:
         not of the type that the peer expects; `RemoteProtocolError` when the answer is not of our type;
         `LimitExceeded` when the request is larger than `CallLimits.message_bytes`.
         """
-        raise NotImplementedError
+        if method.kind is not Kind.UNARY:
+            raise LocalProtocolError(f"{method.name} is a {method.kind.value} method; open it with stream()")
+        deadline = self._deadline(method, deadline_s)
+        ask = self._ask_single if fresh or peer == self._mesh.peer_id else self._ask_line
+        began = trio.current_time()
+        response: Res
+        with trio.CancelScope(deadline=deadline):
+            try:
+                response = await ask(peer, method, request, deadline)
+            except ConnectionLost:
+                if not method.idempotent or not await self._is_back(peer):
+                    raise
+                response = await ask(peer, method, request, deadline)
+            return response
+        raise DeadlineExceeded(f"{method.name}: no answer from {peer} within {deadline - began:.3g} s")
 
     def stream(
         self,
@@ -87,4 +136,145 @@ class Rpc:
         `request` is for SERVER_STREAM methods only. `deadline_s` is for the whole stream, math.inf for none.
         Raises as `call`.
         """
-        raise NotImplementedError
+        if method.kind is Kind.UNARY:
+            raise LocalProtocolError(f"{method.name} is a unary method; use call()")
+        if method.kind is not Kind.SERVER_STREAM and request is not None:
+            raise LocalProtocolError(f"{method.name}: send() the requests of a {method.kind.value} call")
+        return self._open_call(peer, method, request, deadline_s)
+
+    @asynccontextmanager
+    async def _open_call(
+        self, peer: PeerId, method: Method[Req, Res], request: Req | None, deadline_s: float | None
+    ) -> AsyncIterator[CallStream[Req, Res]]:
+        deadline = self._deadline(method, deadline_s)
+        began = trio.current_time()
+        with trio.CancelScope(deadline=deadline):
+            stream = await self._open(peer, SINGLE)
+            call = CallStream(stream, next(self._numbers), method, self._limits)
+            try:
+                await call.begin(call.begin_frame(remaining_ms(deadline), request))
+                yield call
+                await call.finish()
+            except BaseException:
+                call.reset()
+                raise
+            return
+        raise DeadlineExceeded(f"{method.name}: not done with {peer} within {deadline - began:.3g} s")
+
+    def _deadline(self, method: Method[Any, Any], deadline_s: float | None) -> float:
+        around = trio.current_effective_deadline()
+        if deadline_s is not None:
+            return min(around, trio.current_time() + deadline_s)
+        if around == math.inf:
+            raise LocalProtocolError(
+                f"{method.name}: give deadline_s, or call within a cancel scope that has one"
+            )
+        return around
+
+    async def _ask_line(self, peer: PeerId, method: Method[Any, Any], request: Any, deadline: float) -> Any:
+        line = self._lines.get(peer)
+        if line is None or line.lost is not None:
+            line = await self._open_line(peer)
+        try:
+            return await line.ask(next(self._numbers), method, request, remaining_ms(deadline))
+        except TooLarge as large:
+            return await self._ask_parts(peer, method, large.parts)
+
+    async def _ask_single(self, peer: PeerId, method: Method[Any, Any], request: Any, deadline: float) -> Any:
+        stream = await self._open(peer, SINGLE)
+        call = CallStream(stream, next(self._numbers), method, self._limits)
+        return await self._finish_single(call, call.begin_frame(remaining_ms(deadline), request))
+
+    async def _ask_parts(self, peer: PeerId, method: Method[Any, Any], parts: list[Buffer]) -> Any:
+        stream = await self._open(peer, SINGLE)
+        return await self._finish_single(CallStream(stream, 0, method, self._limits), parts)
+
+    async def _finish_single(self, call: CallStream[Any, Any], parts: list[Buffer]) -> Any:
+        try:
+            await call.begin(parts)
+            response = await call.receive()
+            await call.finish()
+        except BaseException:
+            call.reset()
+            raise
+        return response
+
+    async def _open(self, peer: PeerId, protocol: str) -> Stream:
+        if peer != self._mesh.peer_id:
+            return await self._mesh.open_stream(peer, protocol)
+        near, far = loop_pair(peer, protocol)
+        self._shop.spawn(self._serve_single, far)
+        return near
+
+    async def _open_line(self, peer: PeerId) -> Line:
+        async with self._opening.setdefault(peer, trio.Lock()):
+            line = self._lines.get(peer)
+            if line is None or line.lost is not None:
+                stream = await self._mesh.open_stream(peer, LINE)
+                line = self._lines[peer] = Line(self._mesh, stream, self._limits, self._shop.spawn)
+        return line
+
+    async def _is_back(self, peer: PeerId) -> bool:
+        """Whether `peer` is connected now or within `retry_s`."""
+        with trio.move_on_after(self._limits.retry_s):
+            while peer not in self._mesh.peers:
+                await self._peer_up.park()
+        return peer in self._mesh.peers
+
+    async def _watch_peers(self) -> None:
+        try:
+            async with self._mesh.events() as events:
+                self._peer_up.unpark_all()
+                async for event in events:
+                    if isinstance(event, PeerUp):
+                        self._peer_up.unpark_all()
+                    else:
+                        self._forget(event.peer)
+        except LimitExceeded:  # too far behind: look again from the start
+            for peer in [peer for peer in self._lines if peer not in self._mesh.peers]:
+                self._forget(peer)
+
+    def _forget(self, peer: PeerId) -> None:
+        line = self._lines.get(peer)
+        if line is not None and line.lost is not None:
+            del self._lines[peer]
+        lock = self._opening.get(peer)
+        if lock is not None and not lock.locked():
+            del self._opening[peer]
+
+    async def _serve_line(self, stream: Stream) -> None:
+        await LineServer(self._shop, stream).run()
+
+    async def _serve_single(self, stream: Stream) -> None:
+        peer = stream.peer
+        count = self._singles.get(peer, 0)
+        if count >= self._limits.streams:
+            stream.reset()
+            return
+        budget = self._budgets.setdefault(peer, Budget(self._limits.in_flight_bytes))
+        self._singles[peer] = count + 1
+        try:
+            await SingleServer(self._shop, stream, budget).run()
+        finally:
+            self._singles[peer] -= 1
+            if not self._singles[peer]:
+                del self._singles[peer], self._budgets[peer]
+
+    async def _take_answer(self, stream: Stream) -> None:
+        line = self._lines.get(stream.peer)
+        if line is None:
+            stream.reset()
+            return
+        try:
+            await line.take_answer(stream)
+        except STREAM_GONE:  # the server gave up; the caller's deadline or the line's loss tells
+            return
+        except RemoteProtocolError as error:
+            self._mesh.disconnect(stream.peer, str(error))
+
+
+def remaining_ms(deadline: float) -> int:
+    """What a deadline (trio time) leaves, as it travels: at least 1 ms, rounded up."""
+    if deadline == math.inf:
+        return NO_DEADLINE
+    return min(max(math.ceil((deadline - trio.current_time()) * 1000), 1), NO_DEADLINE - 1)

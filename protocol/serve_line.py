@@ -1,0 +1,247 @@
+"""Serving small unary calls: many at once on the one stream that a peer opened for them (its *line*).
+
+Requests are read, checked and dispatched in the connection's reader. An inline handler is answered right
+there; an async one gets a task, a plain one a worker thread. A handler's failure is its call's answer and
+nothing else. Bytes that are no frames end the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from mycel.protocol.callbook import CallBook, Mode, Served
+from mycel.protocol.errors import RemoteProtocolError
+from mycel.protocol.failure import (
+    BAD_REQUEST,
+    Failure,
+    bad_request,
+    deadline_failure,
+    encode_failure,
+    failure_of,
+)
+from mycel.protocol.frame import (
+    CANCEL,
+    ERROR,
+    HEAD,
+    HEAD_BYTES,
+    NO_DEADLINE,
+    REQUEST,
+    RESPONSE,
+    Frame,
+    pack,
+    split,
+)
+from mycel.protocol.limits import CallLimits
+from mycel.protocol.mesh import Mesh, Stream
+from mycel.protocol.message import MessageError
+from mycel.protocol.method import Call, Kind
+from mycel.protocol.outlet import STREAM_GONE, Outlet
+
+LINE = "/mycel/calls/1"
+ANSWER = "/mycel/answer/1"
+
+log = logging.getLogger("mycel.rpc")
+
+
+class Shop:
+    """What serving needs of its surroundings, shared by all lines of a node."""
+
+    __slots__ = ("book", "limits", "mesh", "nursery", "scratch", "threads")
+
+    def __init__(self, mesh: Mesh, book: CallBook, limits: CallLimits) -> None:
+        self.mesh = mesh
+        self.book = book
+        self.limits = limits
+        self.threads = trio.CapacityLimiter(limits.threads)
+        self.scratch = bytearray()
+        self.nursery: trio.Nursery | None = None
+
+    def spawn(self, function: Any, *args: Any) -> None:
+        """Start a task under the node's calls."""
+        if self.nursery is not None:
+            self.nursery.start_soon(function, *args)
+
+
+async def run_unary(shop: Shop, served: Served, call: Call, request: Any) -> Any:
+    """The response of a unary handler that is not inline. Raises what the handler raises."""
+    if served.mode is Mode.THREAD:
+        return await trio.to_thread.run_sync(
+            served.handler, call, request, limiter=shop.threads, abandon_on_cancel=True
+        )
+    if served.mode is Mode.INLINE:
+        return served.handler(call, request)
+    return await served.handler(call, request)
+
+
+def report(call: Call, error: Exception, limits: CallLimits) -> Failure:
+    """Log a handler's exception here and make of it what the caller gets."""
+    failure = failure_of(error, limits.error_text)
+    if failure.cause == "error":
+        log.warning("%s for %s failed", call.method, call.peer, exc_info=error)
+    return failure
+
+
+def to_deadline(deadline_ms: int) -> float:
+    """Trio time of a deadline that arrived now."""
+    if deadline_ms == NO_DEADLINE:
+        return float("inf")
+    return trio.current_time() + deadline_ms / 1000
+
+
+class LineServer:
+    """One peer's line."""
+
+    def __init__(self, shop: Shop, stream: Stream) -> None:
+        self._shop = shop
+        self._stream = stream
+        self._peer = stream.peer
+        self._running: dict[int, trio.CancelScope] = {}
+        self._held = 0
+        self._tail = b""
+        self._outlet = Outlet(stream, shop.spawn, shop.limits.backlog_bytes)
+        self._over = trio.Event()
+
+    async def run(self) -> None:
+        """Serve until the peer ends the line or it is lost; then its running calls are cancelled."""
+        self._stream.deliver_to(self._on_data)
+        try:
+            await self._over.wait()
+        finally:
+            for scope in self._running.values():
+                scope.cancel()
+
+    def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
+        if chunk is None:
+            self._over.set()
+            return
+        if self._tail:
+            chunk = memoryview(self._tail + bytes(chunk))
+        try:
+            frames, used = split(chunk, self._shop.limits.shared_bytes)
+            self._tail = bytes(chunk[used:])
+            for frame in frames:
+                if frame.kind == REQUEST:
+                    self._on_request(frame)
+                elif frame.kind == CANCEL:
+                    scope = self._running.get(frame.call)
+                    if scope is not None:
+                        scope.cancel()
+                else:
+                    raise RemoteProtocolError(f"frame of kind {frame.kind} from a caller")
+        except RemoteProtocolError as broken:
+            self._over.set()
+            self._shop.mesh.disconnect(self._peer, str(broken))
+
+    def _on_request(self, frame: Frame) -> None:
+        shop = self._shop
+        found = shop.book.find(frame.name, self._peer)
+        if isinstance(found, Failure):
+            self._refuse(frame.call, found)
+            return
+        served, access = found
+        method = served.method
+        size = frame.size
+        if method.kind is not Kind.UNARY:
+            text = f"{method.name} is a {method.kind.value} method; open it with stream()"
+            self._refuse(frame.call, Failure("error", BAD_REQUEST, text))
+            return
+        if len(self._running) >= shop.limits.in_flight or self._held + size > shop.limits.in_flight_bytes:
+            text = f"{len(self._running)} calls with {self._held} bytes in flight already; slow down"
+            self._refuse(frame.call, Failure("refused", "busy", text))
+            return
+        if frame.call in self._running:
+            raise RemoteProtocolError(f"call {frame.call} asked twice")
+        try:
+            request = served.request.decode(frame.body, frame.raws, owned=False)
+        except MessageError as error:
+            self._refuse(frame.call, bad_request(method.name, error, shop.limits.error_text))
+            return
+        call = Call(self._peer, access, method.name, to_deadline(frame.deadline_ms))
+        if served.mode is Mode.INLINE and not self._outlet.is_full:
+            self._answer_now(frame.call, served, call, request)
+            return
+        scope = self._running[frame.call] = trio.CancelScope(deadline=call.deadline)
+        self._held += size
+        shop.spawn(self._answer, frame.call, served, call, request, scope, size)
+
+    def _answer_now(self, number: int, served: Served, call: Call, request: Any) -> None:
+        try:
+            response = served.handler(call, request)
+        except Exception as error:  # boundary: a handler's failure is its call's answer
+            self._refuse(number, report(call, error, self._shop.limits))
+            return
+        parts = self._reply(number, served, call, response)
+        if parts is not None:
+            self._shop.spawn(self._answer_apart, parts)
+
+    async def _answer(
+        self, number: int, served: Served, call: Call, request: Any, scope: trio.CancelScope, size: int
+    ) -> None:
+        try:
+            with scope:
+                try:
+                    response = await run_unary(self._shop, served, call, request)
+                except Exception as error:  # boundary: a handler's failure is its call's answer
+                    self._refuse(number, report(call, error, self._shop.limits))
+                    return
+                if self._outlet.is_full:
+                    await self._outlet.wait_room()
+                parts = self._reply(number, served, call, response)
+                if parts is not None:
+                    await self._answer_apart(parts)
+            if scope.cancelled_caught and trio.current_time() >= call.deadline:
+                self._refuse(number, deadline_failure(call.method))
+        finally:
+            del self._running[number]
+            self._held -= size
+
+    def _reply(self, number: int, served: Served, call: Call, response: Any) -> list[Any] | None:
+        """Answer on the line, or return the frame's parts where it is too large for that."""
+        shop = self._shop
+        try:
+            if served.response.has_tensors:
+                body, raws = served.response.encode(response)
+                parts = pack(RESPONSE, number, body, raws)
+            else:
+                buffer = shop.scratch
+                served.response.encode_into(response, buffer, HEAD_BYTES)
+                size = len(buffer) - HEAD_BYTES
+                HEAD.pack_into(buffer, 0, size, RESPONSE, 0, 0, number, 0)
+                parts = [buffer]
+        except Exception as error:  # boundary: what a handler returned cannot be encoded
+            self._refuse(number, report(call, error, shop.limits))
+            return None
+        total = sum(len(part) for part in parts) - HEAD_BYTES
+        if total > shop.limits.message_bytes:
+            text = f"{call.method}: the answer has {total} bytes, more than {shop.limits.message_bytes}"
+            self._refuse(number, Failure("error", "LimitExceeded", text))
+            return None
+        if total > shop.limits.shared_bytes:
+            return [bytes(part) if part is shop.scratch else part for part in parts]
+        self._put(parts[0] if len(parts) == 1 else b"".join(parts))
+        return None
+
+    async def _answer_apart(self, parts: list[Any]) -> None:
+        """Send a large answer on a stream of its own, so that it holds up no other."""
+        try:
+            stream = await self._shop.mesh.open_stream(self._peer, ANSWER)
+            try:
+                for part in parts:
+                    await stream.send(part)
+                await stream.aclose()
+            except BaseException:
+                stream.reset()
+                raise
+        except STREAM_GONE:  # the line's loss tells the caller; a lone reset means it does not wait any more
+            pass
+
+    def _refuse(self, number: int, failure: Failure) -> None:
+        self._put(pack(ERROR, number, encode_failure(failure))[0])
+
+    def _put(self, data: Any) -> None:
+        with suppress(*STREAM_GONE):  # the receiver above is told as well, and ends the line
+            self._outlet.put(data)
