@@ -1,0 +1,196 @@
+"""Load a stage: build the gated model, find the tensors it asks for, map exactly those, check that all came.
+
+transformers renames and converts checkpoint tensors on loading (fused experts, old names), by tables of its
+own. The same tables are asked here, backwards as it were: every tensor name in the checkpoint is renamed, and
+those whose new name the gated model has are wanted. So a middle stage opens only the files of its own layers.
+Weights on the CPU stay mapped from the files: files of a model in use must not be changed in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging as transformers_logging
+
+from mycel.compute.engine import ModelUnsupported, Span, StageInfo, StageSpec
+from mycel.compute.model import checkpoint, split
+from mycel.compute.model.card import DTYPES, Described, describe
+from mycel.compute.model.stage import Stage
+
+Progress = Callable[[float, str], None]
+
+
+def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
+    """Load the layers `spec.span` of `spec.model`. `progress` gets (fraction, what).
+
+    Raises `FileNotFoundError` (no such model), `ModelUnsupported` (it cannot be loaded or cut, or its files are
+    damaged; the text names the tensor), `ValueError` (a span, dtype or device that makes no sense).
+    """
+    say = progress or (lambda fraction, what: None)
+    began = time.perf_counter()
+    say(0.0, f"reading {spec.model}")
+    described = describe(spec.model)
+    span = check_span(described, spec.span)
+    device = choose_device(spec.device)
+    dtype = choose_dtype(described, spec.dtype)
+    if spec.threads != torch.get_num_threads():
+        torch.set_num_threads(spec.threads or len(os.sched_getaffinity(0)))
+    model = load_weights(described, span, dtype, say)
+    say(0.9, f"moving to {device}")
+    model.to(device)
+    weight_bytes = sum(tensor.nbytes for tensor in model.parameters()) + sum(
+        b.nbytes for b in model.buffers()
+    )
+    info = StageInfo(
+        card=described.card,
+        span=span,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        weight_bytes=weight_bytes,
+        load_s=0.0,
+    )
+    stage = Stage(model, info, described.anatomy, described.plans, spec.kv_bytes_max)
+    say(0.95, "trying it out")
+    stage.warm_up(began)
+    say(1.0, "ready")
+    return stage
+
+
+def check_span(described: Described, span: Span | None) -> Span:
+    """The span to load; refuses one that is empty, outside the model, or a cut the model does not allow."""
+    n_layers = described.anatomy.n_layers
+    chosen = span or Span(0, n_layers)
+    if not 0 <= chosen.start < chosen.end <= n_layers:
+        raise ValueError(
+            f"{described.card.name} has layers 0:{n_layers}; {chosen.start}:{chosen.end} is no span of it"
+        )
+    refusal = described.anatomy.split_refusal
+    if refusal and chosen != Span(0, n_layers):
+        raise ModelUnsupported(
+            f"{described.card.name} ({described.card.architecture}) cannot be cut into stages: {refusal}; "
+            f"serve it whole (layers 0:{n_layers})"
+        )
+    return chosen
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device asked for, or the first GPU, else the CPU. Raises `ValueError` for one that is not here."""
+    if asked == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"{asked!r} is no device: say cpu, cuda, cuda:N or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{asked!r}: stages run on cpu and cuda")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"{asked!r} is not here: this machine shows torch {count} GPUs")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def choose_dtype(described: Described, asked: str) -> torch.dtype:
+    """The dtype asked for, or the checkpoint's own."""
+    name = described.card.dtype if asked == "auto" else asked
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r}: say one of {', '.join(DTYPES)}, or auto")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Progress) -> PreTrainedModel:
+    """The gated model of `span` on the CPU, every weight from the checkpoint."""
+    name, config = described.card.name, described.config
+    stage_class = split.stage_class(described.anatomy, split.causal_class(config), span)
+    wanted = wanted_tensors(stage_class, config, list(described.source.weight_map))
+    say(0.05, f"fetching {len({described.source.weight_map[tensor] for tensor in wanted})} files")
+    source = checkpoint.fetch(described.source, wanted)
+    total = max(1, len(wanted))
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += 1
+        say(min(0.9, 0.1 + 0.8 * done / total), "loading weights")
+
+    tensors, opened = checkpoint.open_tensors(source, wanted, count)
+    try:
+        with quiet_transformers():
+            model, report = stage_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except (RuntimeError, SafetensorError, ValueError, OSError) as error:
+        raise ModelUnsupported(f"{name}: its weights do not load ({error})") from error
+    finally:
+        for handle in opened:
+            handle.__exit__(None, None, None)
+    check_complete(name, model, report)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def wanted_tensors(
+    stage_class: type[PreTrainedModel], config: PretrainedConfig, names: list[str]
+) -> list[str]:
+    """Names in the checkpoint whose tensors the gated model has a place for."""
+    empty = split.build_empty(stage_class, config)
+    places = empty.state_dict()
+    conversions = get_model_conversion_mapping(empty)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    prefix = empty.base_model_prefix
+    wanted = []
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, places)
+        if renamed in places or name in places:
+            wanted.append(name)
+    return wanted
+
+
+def check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raise `ModelUnsupported` unless every parameter and buffer came from the checkpoint or the model's code.
+
+    Without this a tensor that is missing would silently be random.
+    """
+    for what, key in (("missing from", "missing_keys"), ("not of the right shape in", "mismatched_keys")):
+        found = sorted(str(entry) for entry in report[key])
+        if found:
+            raise ModelUnsupported(
+                f"{name}: {len(found)} tensors are {what} its checkpoint, the first is {found[0]}; fetch it again"
+            )
+    problems = [*report.get("error_msgs", []), *map(str, (report.get("conversion_errors") or {}).values())]
+    if problems:
+        raise ModelUnsupported(f"{name}: its weights do not convert ({problems[0]})")
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        left = [path for path, tensor in tensors if tensor.is_meta]
+        if left:
+            raise ModelUnsupported(
+                f"{name}: {kind} {left[0]} was not in the checkpoint nor made by the model"
+            )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no loading report: what is wrong is raised, not logged."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
