@@ -142,6 +142,8 @@ class VirtualTime:
                 self.now = max(self.now, due)
                 self._idle_since = None
                 timeline.play_next()
+        except Exception as error:  # boundary: it must end the program that is simulated, not trio
+            trio.lowlevel.reschedule(self._player, outcome.Error(error))
         finally:
             del trio_run.GLOBAL_RUN_CONTEXT.task
 
