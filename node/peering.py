@@ -1,0 +1,90 @@
+"""Everything about one connected peer: its links, its role, and which link new streams take.
+
+Two nodes that dial each other at the same time get two connections; both must give up the same one. Of
+links in different directions made at about the same time the one dialed by the smaller peer id stays; of
+others the newest stays, for a peer that dials again has lost the old one. The loser is drained, not cut:
+each side says go-away, serves what is open, and closes once both said so and no stream is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from mycel.node.gate import Gate
+from mycel.protocol.identify import Identity
+from mycel.protocol.mesh import Access, PathKind, PeerId, PeerInfo
+
+if TYPE_CHECKING:
+    from mycel.node.link import Link
+
+SIMULTANEOUS_S = 10.0
+"""Two links made within this time may stem from simultaneous dials: a dial and a handshake at their longest."""
+
+
+class Made(Protocol):
+    """What the choice between links looks at."""
+
+    @property
+    def dialer(self) -> bool: ...
+
+    @property
+    def since(self) -> float: ...
+
+
+def choose(links: Sequence[Made], own: PeerId, peer: PeerId) -> int:
+    """Index of the link to keep; `links` in the order in which they opened here."""
+    best = 0
+    for index in range(1, len(links)):
+        older, newer = links[best], links[index]
+        again = older.dialer == newer.dialer or newer.since - older.since > SIMULTANEOUS_S
+        if again or newer.dialer == (own < peer):
+            best = index
+    return best
+
+
+class Peering:
+    """One connected peer."""
+
+    __slots__ = ("_own", "gate", "identity", "links", "peer", "up")
+
+    def __init__(self, own: PeerId, peer: PeerId) -> None:
+        self._own = own
+        self.peer = peer
+        self.links: list[Link] = []
+        self.gate = Gate()
+        self.identity: Identity | None = None
+        self.up = False
+        """Whether others were told of this peer."""
+
+    def add(self, link: Link) -> None:
+        """A link to the peer opened; all but one are drained."""
+        self.links.append(link)
+        keep = self.links[choose(self.links, self._own, self.peer)]
+        for other in self.links:
+            if other is not keep and not other.draining:
+                other.drain()
+
+    @property
+    def primary(self) -> Link:
+        """The link for new streams: the newest one not draining, else the newest."""
+        for link in reversed(self.links):
+            if not link.draining:
+                return link
+        return self.links[-1]
+
+    def info(self) -> PeerInfo:
+        """What services see."""
+        link = self.primary
+        said = self.identity
+        return PeerInfo(
+            peer=self.peer,
+            access=self.gate.access if self.gate.access is not None else Access.STRANGER,
+            addr=link.remote,
+            path=PathKind.DIRECT,
+            agent=said.agent if said else "",
+            listen_addrs=said.listen_addrs if said else (),
+            protocols=said.protocols if said else (),
+            inbound=not link.dialer,
+            since=link.since,
+        )

@@ -1,0 +1,303 @@
+"""A stream of the mesh: a `Channel` (which decides) with tasks that wait for it.
+
+Sending and receiving park the task bare, without a lock or an event; the channel's callbacks wake it. A `send`
+that finds room neither parks nor hops; every so often it yields all the same, so that a sender in a loop does
+not starve the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import outcome
+import trio
+
+from mycel.protocol import multistream
+from mycel.protocol.channel import Channel
+from mycel.protocol.errors import (
+    ConnectionLost,
+    MycelError,
+    Refused,
+    RemoteProtocolError,
+    StreamClosed,
+    StreamReset,
+)
+from mycel.protocol.mesh import Buffer, PeerId
+
+if TYPE_CHECKING:
+    from mycel.node.link import Link
+
+COPIED_MAX = 65507
+"""Up to one full frame is copied into the output; more is borrowed from the sender until it is out."""
+
+SENDS_PER_YIELD = 32
+"""Sends in a row that do not yield to other tasks."""
+
+Receiver = Callable[[memoryview | None, Exception | None], None]
+
+
+class HostStream:
+    """See `mycel.protocol.mesh.Stream`."""
+
+    __slots__ = (
+        "_asks",
+        "_buffered",
+        "_channel",
+        "_credited",
+        "_ended",
+        "_error",
+        "_inbox",
+        "_link",
+        "_reader",
+        "_receiver",
+        "_sender",
+        "_sends",
+        "peer",
+        "protocol",
+    )
+
+    def __init__(self, link: Link, channel: Channel, peer: PeerId, protocol: str) -> None:
+        """Takes over `channel`, whose protocol is agreed (inbound) or proposed with the first data."""
+        self._link = link
+        self._channel = channel
+        self._inbox: deque[bytes] = deque()
+        self._receiver: Receiver | None = None
+        self._credited = True
+        self._reader: trio.lowlevel.Task | None = None
+        self._sender: trio.lowlevel.Task | None = None
+        self._ended = False
+        self._error: MycelError | None = None
+        self._sends = 0
+        self._asks: multistream.Dialer | None = None
+        self.peer = peer
+        self.protocol = protocol
+        channel.sink = self._take
+        channel.on_drained = self._on_drained
+        if not channel.inbound:
+            self._asks = multistream.Dialer(protocol, link.limits.multistream_message)
+            channel.prefix = multistream.proposal(protocol)
+            channel.sink = self._take_answer
+
+    def __repr__(self) -> str:
+        return f"<HostStream {self.protocol} {self.peer} #{self._channel.id}>"
+
+    # Sending
+
+    def try_send(self, data: Buffer) -> bool:
+        """See `Stream.try_send`."""
+        if self._sender is not None:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        if isinstance(data, memoryview) and data.itemsize != 1:
+            data = data.cast("B")
+        if not self._channel.try_send(data):
+            return False
+        self._link.flush()
+        return True
+
+    async def send(self, data: Buffer) -> None:
+        """See `Stream.send`."""
+        if self._sender is not None:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        view = memoryview(data).cast("B")
+        channel = self._channel
+        if len(view) <= COPIED_MAX and channel.try_send(view):
+            self._link.flush()
+            self._sends += 1
+            if self._sends % SENDS_PER_YIELD:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            else:
+                await trio.lowlevel.checkpoint()
+            return
+        await trio.lowlevel.checkpoint_if_cancelled()
+        channel.enqueue(view)
+        self._link.flush()
+        if channel.queued:
+            self._sender = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort_send)
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        if channel.error is not None:
+            raise channel.error
+
+    def _abort_send(self, _: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+        self._sender = None
+        self._channel.withdraw()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _on_drained(self) -> None:
+        task, self._sender = self._sender, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    async def send_eof(self) -> None:
+        """See `Stream.send_eof`."""
+        self._channel.finish()
+        self._link.flush()
+        await trio.lowlevel.checkpoint()
+
+    def reset(self) -> None:
+        """See `Stream.reset`."""
+        self._lose(StreamReset("this side reset the stream"))
+        self._channel.reset(StreamReset("this side reset the stream"))
+        self._link.flush()
+
+    async def aclose(self) -> None:
+        """See `Stream.aclose`."""
+        self._lose(StreamClosed("this side closed the stream; open another one"))
+        self._channel.forget()
+        self._link.flush()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    # Receiving
+
+    async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
+        """See `Stream.receive_some`."""
+        if self._inbox or self._ended or self._error is not None:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._inbox:
+            if self._ended:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait_for_data()
+        return self._shift(max_bytes)
+
+    async def receive_exactly(self, count: int) -> bytes:
+        """See `Stream.receive_exactly`."""
+        piece = await self.receive_some(count) if count else b""
+        if len(piece) == count:
+            return piece
+        whole = bytearray(piece)
+        while piece and len(whole) < count:
+            piece = await self.receive_some(count - len(whole))
+            whole += piece
+        if len(whole) < count:
+            raise RemoteProtocolError(f"the stream ended after {len(whole)} of {count} bytes")
+        return bytes(whole)
+
+    def deliver_to(self, receiver: Receiver, *, credit: bool = True) -> None:
+        """See `Stream.deliver_to`."""
+        self._receiver = receiver
+        self._credited = credit
+        while self._inbox and self._receiver is receiver:
+            piece = self._inbox.popleft()
+            self._deliver(memoryview(piece))
+        if self._ended or self._error is not None:
+            self._tell_end(None if self._ended else self._error)
+        elif self._channel.prefix and not self._channel.inbound:
+            self._channel.flush_prefix()
+            self._link.flush()
+
+    def credit(self, count: int) -> None:
+        """See `Stream.credit`."""
+        self._channel.credit(count)
+        self._link.flush()
+
+    async def _wait_for_data(self) -> None:
+        if self._reader is not None:
+            raise trio.BusyResourceError("another task is receiving from this stream")
+        if self._channel.prefix:
+            self._channel.flush_prefix()
+            self._link.flush()
+        self._reader = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort_receive)
+
+    def _abort_receive(self, _: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+        self._reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _shift(self, max_bytes: int) -> bytes:
+        piece = self._inbox.popleft()
+        if len(piece) > max_bytes:
+            self._inbox.appendleft(piece[max_bytes:])
+            piece = piece[:max_bytes]
+        self._channel.credit(len(piece))
+        self._link.flush()
+        return piece
+
+    # What the channel calls
+
+    def _take_answer(self, data: memoryview | None, error: MycelError | None) -> None:
+        """The sink of an outbound stream until the peer agreed to the protocol."""
+        if data is None or self._asks is None:
+            if error is None:
+                error = StreamReset(f"the peer ended the stream without agreeing to {self.protocol}")
+                self._channel.reset(error)
+            self._lose(error)
+            return
+        try:
+            rest = self._asks.receive(data)
+        except Refused as refused:
+            self._lose(refused)
+            self._channel.reset(refused)
+            return
+        if rest is None:
+            self._channel.credit(len(data))
+            return
+        self._asks = None
+        self._channel.sink = self._take
+        self._channel.credit(len(data) - len(rest))
+        if rest:
+            self._take(memoryview(rest), None)
+
+    def _take(self, data: memoryview | None, error: MycelError | None) -> None:
+        if data is None:
+            if error is None:
+                self._ended = True
+                self._tell_end(None)
+            else:
+                self._lose(error)
+        elif self._receiver is not None:
+            self._deliver(data)
+        else:
+            self._inbox.append(bytes(data))
+            self._wake_reader()
+
+    def take(self, data: bytes) -> None:
+        """Data that came together with the negotiation."""
+        self._take(memoryview(data), None)
+
+    def _deliver(self, data: memoryview) -> None:
+        assert self._receiver is not None
+        try:
+            self._receiver(data, None)
+        except Exception as error:  # boundary: a receiver's failure ends its own stream only
+            self._fail(error)
+            return
+        if self._credited:
+            self._channel.credit(len(data))
+
+    def _lose(self, error: MycelError) -> None:
+        """No more will arrive. After an end in order, or where the connection was lost, what did arrive can
+        still be read; a reset throws it away."""
+        if self._error is not None or (self._ended and not isinstance(error, StreamClosed)):
+            return
+        self._error = error
+        if not isinstance(error, ConnectionLost):
+            self._inbox.clear()
+            self._ended = False
+        self._tell_end(error)
+
+    def _tell_end(self, error: MycelError | None) -> None:
+        self._wake_reader()
+        receiver = self._receiver
+        if receiver is None:
+            return
+        if error is not None:
+            self._receiver = None
+        try:
+            receiver(None, error)
+        except Exception as failure:  # boundary: a receiver's failure ends its own stream only
+            self._fail(failure)
+
+    def _fail(self, error: Exception) -> None:
+        self._receiver = None
+        self._link.on_handler_error(self.protocol, error)
+        self.reset()
+
+    def _wake_reader(self) -> None:
+        task, self._reader = self._reader, None
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Value(None))

@@ -1,0 +1,147 @@
+"""identify 1.0.0 (libp2p specs/identify) and the signed peer record in it (libp2p RFC 0002 and 0003).
+
+Each side tells the other its agent, protocols, listen addresses and the address it sees the other at. All of it
+is hearsay of an authenticated peer: bounded on arrival, addresses that do not parse are left out, and the
+public key must be the one the connection proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from mycel.protocol import varint
+from mycel.protocol.errors import RemoteProtocolError
+from mycel.protocol.keys import OwnKey, PublicKey, peer_id_bytes, peer_id_text
+from mycel.protocol.mesh import PeerId
+from mycel.protocol.pb import identify_pb2, record_pb2
+
+PROTOCOL = "/ipfs/id/1.0.0"
+PUSH = "/ipfs/id/push/1.0.0"
+VERSION = "ipfs/0.1.0"
+
+MESSAGE_BYTES_MAX = 64 * 1024
+"""An identify message's bound (go-libp2p's is 8 KiB for signed parts, js-libp2p's 8 KiB in all)."""
+
+ADDRS_MAX = 64
+PROTOCOLS_MAX = 512
+TEXT_MAX = 256
+_ADDR_BYTES_MAX = 1024
+_DOMAIN = b"libp2p-peer-record"
+_PAYLOAD_TYPE = b"\x03\x01"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """A peer's own, signed statement of where it listens; the highest `seq` counts."""
+
+    peer: PeerId
+    seq: int
+    addrs: tuple[Multiaddr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a peer says of itself."""
+
+    agent: str
+    protocols: tuple[str, ...]
+    listen_addrs: tuple[Multiaddr, ...]
+    observed: Multiaddr | None
+    """Where the sender sees the receiver."""
+    record: PeerRecord | None
+
+
+def write(key: OwnKey, said: Identity) -> bytes:
+    """An identify message by the owner of `key`, behind its length."""
+    message = identify_pb2.Identify(
+        publicKey=key.public.serialized,
+        listenAddrs=[addr.to_bytes() for addr in said.listen_addrs],
+        protocols=said.protocols,
+        protocolVersion=VERSION,
+        agentVersion=said.agent,
+    )
+    if said.observed is not None:
+        message.observedAddr = said.observed.to_bytes()
+    if said.record is not None:
+        message.signedPeerRecord = seal_record(key, said.record)
+    return varint.prefixed(message.SerializeToString())
+
+
+def read(raw: bytes, sender: PublicKey) -> Identity:
+    """The identify message `raw` (without its length) that came from the owner of `sender`.
+
+    Raises `RemoteProtocolError` for bytes that are no such message, name another key, or hold a peer record
+    that its signature does not cover. Fields beyond their bounds are cut.
+    """
+    try:
+        message = identify_pb2.Identify.FromString(raw)
+    except DecodeError:
+        raise RemoteProtocolError("not an identify message") from None
+    if message.publicKey and message.publicKey != sender.serialized:
+        raise RemoteProtocolError("identify names another public key than the connection proved")
+    record = None
+    if message.signedPeerRecord:
+        record = open_record(message.signedPeerRecord)
+        if record.peer != sender.peer_id:
+            raise RemoteProtocolError("identify carries another peer's record")
+    return Identity(
+        agent=message.agentVersion[:TEXT_MAX],
+        protocols=tuple(name[:TEXT_MAX] for name in message.protocols[:PROTOCOLS_MAX]),
+        listen_addrs=_addrs(message.listenAddrs),
+        observed=next(iter(_addrs([message.observedAddr])), None),
+        record=record,
+    )
+
+
+def seal_record(key: OwnKey, record: PeerRecord) -> bytes:
+    """`record` in an envelope signed by `key`."""
+    payload = record_pb2.PeerRecord(
+        peer_id=peer_id_bytes(record.peer),
+        seq=record.seq,
+        addresses=[record_pb2.PeerRecord.AddressInfo(multiaddr=addr.to_bytes()) for addr in record.addrs],
+    ).SerializeToString()
+    envelope = record_pb2.Envelope(
+        payload_type=_PAYLOAD_TYPE, payload=payload, signature=key.sign(_signed(payload))
+    )
+    envelope.public_key.ParseFromString(key.public.serialized)
+    return envelope.SerializeToString()
+
+
+def open_record(raw: bytes) -> PeerRecord:
+    """The peer record in an envelope. Raises `RemoteProtocolError` unless its own peer signed it."""
+    try:
+        envelope = record_pb2.Envelope.FromString(raw)
+        record = record_pb2.PeerRecord.FromString(envelope.payload)
+        peer = peer_id_text(record.peer_id)
+        key = PublicKey(envelope.public_key.SerializeToString())
+    except (DecodeError, ValueError) as error:
+        raise RemoteProtocolError(f"not a signed peer record: {error}") from None
+    if envelope.payload_type != _PAYLOAD_TYPE or key.peer_id != peer:
+        raise RemoteProtocolError("an envelope that holds no record of its own signer")
+    if not key.verify(_signed(envelope.payload), envelope.signature):
+        raise RemoteProtocolError("the signature of a peer record does not hold")
+    return PeerRecord(peer, record.seq, _addrs([entry.multiaddr for entry in record.addresses]))
+
+
+def _signed(payload: bytes) -> bytes:
+    return varint.prefixed(_DOMAIN) + varint.prefixed(_PAYLOAD_TYPE) + varint.prefixed(payload)
+
+
+def _addrs(raws: Sequence[bytes]) -> tuple[Multiaddr, ...]:
+    """Those of `raws` that are addresses, at most `ADDRS_MAX`."""
+    addrs = []
+    for raw in raws[:ADDRS_MAX]:
+        if not raw or len(raw) > _ADDR_BYTES_MAX:
+            continue
+        try:
+            addr = Multiaddr(raw)
+            str(addr)  # parsing is lazy: only the text form visits every component
+        except (MultiaddrError, ValueError, LookupError):
+            continue
+        addrs.append(addr)
+    return tuple(addrs)

@@ -1,0 +1,163 @@
+"""Noise transport messages, sealed and opened in place (libp2p specs/noise, "Wire format").
+
+A transport message is a two-byte length and up to 65535 bytes of ciphertext, the last 16 of them the tag. The
+cost of a cipher in Python is not the cipher but copies and calls, so plaintext is written straight into the
+output buffer, behind the room for its length, and encrypted where it stands; one buffer holds four full
+messages and goes to the pipe in one call. Opening decrypts within the receive buffer the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from mycel.protocol.errors import RemoteProtocolError
+
+LENGTH = 2
+TAG = 16
+CIPHERTEXT_MAX = 65535
+PLAINTEXT_MAX = CIPHERTEXT_MAX - TAG
+MESSAGES = 4
+CAPACITY = MESSAGES * (LENGTH + CIPHERTEXT_MAX)
+"""Bytes of an output buffer: what one `send` hands to the pipe at most."""
+
+_NONCE_PREFIX = b"\0\0\0\0"
+
+
+class Outlet:
+    """Plaintext in, sealed messages out, through one buffer that exists only while it holds something.
+
+    Layout: [begin:sealed) are whole messages not yet handed to the pipe; the open message starts at `sealed` and
+    its plaintext is [sealed + 2 : tail).
+    """
+
+    __slots__ = ("_begin", "_buffer", "_cipher", "_nonce", "_sealed", "_spare", "_tail", "_view")
+
+    def __init__(self, key: bytes, spare: list[bytearray]) -> None:
+        """`spare` is a stock of buffers of `CAPACITY` bytes, shared by the connections of one node."""
+        self._cipher = ChaCha20Poly1305(key)
+        self._nonce = 0
+        self._spare = spare
+        self._buffer: bytearray | None = None
+        self._view = memoryview(b"")
+        self._begin = self._sealed = 0
+        self._tail = LENGTH
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits here, sealed or not."""
+        return self._buffer is None
+
+    def room(self) -> int:
+        """Plaintext bytes that still fit into the open message (0: none, and no further message fits)."""
+        start = self._sealed + LENGTH
+        limit = min(PLAINTEXT_MAX, CAPACITY - start - TAG)
+        return start + limit - self._tail if limit > 0 else 0
+
+    def reserve(self, count: int) -> tuple[memoryview, int]:
+        """The buffer and the offset where the caller writes `count` bytes now (`count` <= `room()`)."""
+        if self._buffer is None:
+            self._buffer = self._spare.pop() if self._spare else bytearray(CAPACITY)
+            self._view = memoryview(self._buffer)
+        offset = self._tail
+        self._tail = offset + count
+        return self._view, offset
+
+    def seal(self) -> None:
+        """Close the open message, if it holds anything, and open the next one."""
+        start = self._sealed + LENGTH
+        size = self._tail - start
+        if size <= 0:
+            return
+        end = self._tail + TAG
+        view = self._view
+        nonce = _NONCE_PREFIX + self._nonce.to_bytes(8, "little")
+        self._cipher.encrypt_into(nonce, view[start : self._tail], None, view[start:end])
+        self._nonce += 1
+        view[self._sealed] = (size + TAG) >> 8
+        view[self._sealed + 1] = (size + TAG) & 0xFF
+        self._sealed = end
+        self._tail = end + LENGTH
+
+    def outgoing(self) -> memoryview:
+        """Sealed bytes that wait for the pipe."""
+        return self._view[self._begin : self._sealed]
+
+    def sent(self, count: int) -> None:
+        """The pipe took `count` bytes."""
+        self._begin += count
+        if self._begin == self._sealed and self._tail == self._sealed + LENGTH and self._buffer is not None:
+            if len(self._spare) < SPARE_MAX:
+                self._spare.append(self._buffer)
+            self._view = memoryview(b"")
+            self._buffer = None
+            self._begin = self._sealed = 0
+            self._tail = LENGTH
+
+
+SPARE_MAX = 8
+"""Output buffers kept for reuse by one node."""
+
+
+class Opener:
+    """Received bytes in, plaintext out, a message at a time."""
+
+    __slots__ = ("_cipher", "_held", "_nonce")
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = ChaCha20Poly1305(key)
+        self._nonce = 0
+        self._held = bytearray()
+
+    def receive(self, data: memoryview, take: Callable[[memoryview], None]) -> None:
+        """Open every complete message in `data` (writable; decrypted in place) and hand it to `take`.
+
+        An incomplete message is kept, at most 65537 bytes. Raises `RemoteProtocolError` when a message does
+        not authenticate.
+        """
+        offset = 0
+        size = len(data)
+        held = self._held
+        if held:
+            offset = self._complete(data)
+            if offset < 0:
+                return
+            whole = memoryview(held)
+            self._held = bytearray()
+            self._open(whole, LENGTH, len(whole), take)
+        while size - offset >= LENGTH:
+            end = offset + LENGTH + (data[offset] << 8 | data[offset + 1])
+            if end > size:
+                break
+            self._open(data, offset + LENGTH, end, take)
+            offset = end
+        if offset < size:
+            self._held += data[offset:]
+
+    def _complete(self, data: memoryview) -> int:
+        """Move what the held message lacks from `data`; returns how much, -1 when it is still incomplete."""
+        held = self._held
+        moved = 0
+        if len(held) < LENGTH:
+            moved = min(LENGTH - len(held), len(data))
+            held += data[:moved]
+            if len(held) < LENGTH:
+                return -1
+        lacking = LENGTH + (held[0] << 8 | held[1]) - len(held)
+        piece = data[moved : moved + lacking]
+        held += piece
+        return moved + lacking if len(piece) == lacking else -1
+
+    def _open(self, data: memoryview, start: int, end: int, take: Callable[[memoryview], None]) -> None:
+        if end - start < TAG:
+            raise RemoteProtocolError(f"a Noise message of {end - start} bytes, shorter than its tag")
+        plain = data[start : end - TAG]
+        nonce = _NONCE_PREFIX + self._nonce.to_bytes(8, "little")
+        try:
+            self._cipher.decrypt_into(nonce, data[start:end], None, plain)
+        except InvalidTag:
+            raise RemoteProtocolError("a Noise message does not authenticate") from None
+        self._nonce += 1
+        take(plain)
