@@ -236,8 +236,9 @@ class Rpc:
 
     def _forget(self, peer: PeerId) -> None:
         line = self._lines.get(peer)
-        if line is not None and line.lost is not None:
+        if line is not None and (line.lost is not None or peer not in self._mesh.peers):
             del self._lines[peer]
+            line.close(ConnectionLost(f"the connection to {peer} ended", reason="closed"))
         lock = self._opening.get(peer)
         if lock is not None and not lock.locked():
             del self._opening[peer]
