@@ -25,6 +25,8 @@ from mycel.node.openai_shapes import (
 )
 from mycel.protocol.errors import MycelError
 
+__all__ = ["ApiServices", "create_app"]
+
 
 def create_app(services: ApiServices) -> FastAPI:
     """The application; mount it at the root."""

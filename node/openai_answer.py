@@ -22,6 +22,7 @@ from mycel.compute.infer.request import (
     LayersMissing,
     ModelUnknown,
     Piece,
+    Report,
     RequestInvalid,
     Token,
 )
@@ -37,6 +38,8 @@ class ApiServices:
     wall: Callable[[], float]
     """Seconds since 1970."""
     entropy: Callable[[int], bytes]
+    on_report: Callable[[Report], None]
+    """Hears how each generation went, once it ended in whatever way."""
 
 
 @dataclass(slots=True)
@@ -116,10 +119,13 @@ class Answer(Response):
     ) -> None:
         async with news, self._services.generator.generate(job) as generation:
             choice.prompt_tokens, choice.session = len(generation.prompt), generation.session
-            async for piece in generation:
-                choice.tokens += len(piece.tokens)
-                choice.finish = piece.finish or choice.finish
-                await news.send((choice, piece))
+            try:
+                async for piece in generation:
+                    choice.tokens += len(piece.tokens)
+                    choice.finish = piece.finish or choice.finish
+                    await news.send((choice, piece))
+            finally:
+                self._services.on_report(generation.report)
 
     async def _send_piece(self, send: Send, choice: Choice, piece: Piece) -> None:
         if not self._begun:

@@ -1,0 +1,198 @@
+"""The control API: what the command line asks a running node.
+
+A few routes under /control on the node's HTTP address, for whoever can read the token file in the node's
+home (mode 0600). A bare ASGI application without a framework, so that a node answers within moments of its
+start; requests and answers are the structs of `mycel.node.views` as JSON, what takes time answers in lines
+of JSON (application/x-ndjson).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+
+from mycel.compute.chat import ChatError
+from mycel.compute.engine import EngineLost, ModelUnsupported, Sampling
+from mycel.compute.infer.request import GenerateRequest
+from mycel.node.running import Node
+from mycel.node.views import GenerateAsk, GenerateEvent, Problem, ServeAsk, TicketAsk
+from mycel.protocol.errors import MycelError
+
+log = logging.getLogger("mycel.node")
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+
+BODY_BYTES_MAX = 4 << 20
+"""A request's body: a long prompt fits many times."""
+
+T = TypeVar("T")
+TELLABLE = (MycelError, ChatError, ModelUnsupported, EngineLost, FileNotFoundError)
+"""What is told to the user as it is; anything else is a bug and is logged with its traceback."""
+
+
+class BadRequest(MycelError):
+    """The request's body is not what the route takes."""
+
+
+class Control:
+    """The application. `on_stop` asks the node to leave and end."""
+
+    def __init__(self, node: Node, on_stop: Callable[[], None]) -> None:
+        self._node = node
+        self._on_stop = on_stop
+        self._routes: Mapping[tuple[str, str], Callable[[bytes], Awaitable[object]]] = {
+            ("GET", "/control/status"): self._status,
+            ("GET", "/control/peers"): self._peers,
+            ("GET", "/control/models"): self._models,
+            ("GET", "/control/reports"): self._reports,
+            ("POST", "/control/ticket"): self._ticket,
+            ("POST", "/control/serve"): self._serve,
+            ("POST", "/control/stop"): self._stop,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        method, path = scope["method"], scope["path"]
+        try:
+            body = await read_body(receive)
+            if (method, path) == ("POST", "/control/generate"):
+                await self._generate(_decode(body, GenerateAsk), receive, send)
+                return
+            route = self._routes.get((method, path))
+            if route is None:
+                await send_json(send, 404, Problem(f"no {method} {path} here; does the version fit?"))
+                return
+            answer = await route(body)
+        except TELLABLE as error:
+            await send_json(send, 400, Problem(str(error), type(error).__name__))
+        except Exception as error:  # boundary: a bug in one answer must not end the node
+            log.exception("%s %s failed", method, path)
+            await send_json(send, 500, Problem(f"{type(error).__name__}: {error}", "bug"))
+        else:
+            await send_json(send, 200, answer)
+
+    async def _status(self, body: bytes) -> object:
+        return self._node.status()
+
+    async def _peers(self, body: bytes) -> object:
+        return self._node.peers()
+
+    async def _models(self, body: bytes) -> object:
+        return self._node.models()
+
+    async def _reports(self, body: bytes) -> object:
+        return self._node.reports()
+
+    async def _ticket(self, body: bytes) -> object:
+        return self._node.issue_ticket(_decode(body, TicketAsk))
+
+    async def _serve(self, body: bytes) -> object:
+        ask = _decode(body, ServeAsk)
+        return await self._node.serve(ask.model, ask.layers)
+
+    async def _stop(self, body: bytes) -> object:
+        self._on_stop()
+        return {}
+
+    async def _generate(self, ask: GenerateAsk, receive: Receive, send: Send) -> None:
+        """Lines of `GenerateEvent` until done or the client is gone."""
+        request = await _request(self._node, ask)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(until_gone, receive, nursery.cancel_scope)
+            await self._send_generation(request, send)
+            nursery.cancel_scope.cancel()
+
+    async def _send_generation(self, request: GenerateRequest, send: Send) -> None:
+        begun = False
+        try:
+            async with self._node.generator.generate(request) as generation:
+                try:
+                    async for piece in generation:
+                        if not begun:
+                            await send_head(send, 200, b"application/x-ndjson")
+                            begun = True
+                        await _send_line(send, GenerateEvent(text=piece.text))
+                finally:
+                    self._node.note_report(generation.report)
+            report = generation.report
+            await _send_line(send, GenerateEvent(report=report, labels=self._node.labels_in(report)))
+        except TELLABLE as error:
+            if not begun:
+                await send_json(send, 400, Problem(str(error), type(error).__name__))
+                return
+            await _send_line(send, GenerateEvent(error=str(error)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _request(node: Node, ask: GenerateAsk) -> GenerateRequest:
+    prompt: str | tuple[int, ...]
+    if ask.messages is not None:
+        prompt = tuple((await node.generator.tokenizer(ask.model)).encode_chat(ask.messages))
+    elif ask.prompt is not None:
+        prompt = ask.prompt
+    else:
+        raise BadRequest("a generation needs a prompt or messages")
+    sampling = Sampling(
+        temperature=ask.temperature,
+        top_k=ask.top_k,
+        top_p=ask.top_p,
+        repetition_penalty=ask.repetition_penalty,
+        seed=node.fresh_seed() if ask.seed is None else ask.seed,
+    )
+    return GenerateRequest(
+        model=ask.model, prompt=prompt, sampling=sampling, max_tokens=ask.max_tokens, stop=ask.stop
+    )
+
+
+async def read_body(receive: Receive) -> bytes:
+    """A request's body. Raises `BadRequest` beyond `BODY_BYTES_MAX`."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("the client went away")
+        body += message.get("body", b"")
+        if len(body) > BODY_BYTES_MAX:
+            raise BadRequest(f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def until_gone(receive: Receive, scope: trio.CancelScope) -> None:
+    """Cancel `scope` when the client disconnects."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def send_json(send: Send, status: int, content: object) -> None:
+    """A whole JSON answer."""
+    body = msgspec.json.encode(content)
+    await send_head(send, status, b"application/json", len(body))
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_head(send: Send, status: int, kind: bytes, length: int | None = None) -> None:
+    """Status and headers of an answer."""
+    headers = [(b"content-type", kind)]
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _send_line(send: Send, event: GenerateEvent) -> None:
+    body = msgspec.json.encode(event) + b"\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"the request is not a {kind.__name__}: {error}") from None

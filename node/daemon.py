@@ -1,0 +1,174 @@
+"""The daemon: one nursery tree, in reading order, over any network.
+
+    host        connections, from the network seam up to streams
+    rpc         calls over it
+    board       facts that peers state
+    links       stage streams
+    stages      this node's layers at work for everybody
+    generator   sessions that this node owns
+    gather      dials contacts, learns of more
+    lender      stages by the owner's order and the swarm's need
+
+`run` is the same for a real node and for thirty of them in one simulated process: it reads no environment and
+no file, starts no thread and no server, and takes network, keys, memory and engines from its caller. Faces
+(HTTP) are another service that the real `main` starts beside it.
+
+A node ends by `Node.stop`: it says so on the board, lets its sessions move, and goes. A node that is killed
+says nothing, and its peers find out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+from multiaddr import Multiaddr
+
+from mycel.compute.engine import EngineLost, ModelUnsupported, Span
+from mycel.compute.infer.generate import Generator
+from mycel.compute.infer.links import Links
+from mycel.compute.infer.serve import StageServer
+from mycel.dht.board import PushBoard
+from mycel.node.config import Config, parse_model_layers
+from mycel.node.contacts import Contacts
+from mycel.node.gather import Gather
+from mycel.node.host import Host
+from mycel.node.lend import EngineFactory, Lender
+from mycel.node.memory import Memory, VolatileMemory
+from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
+from mycel.protocol.address import endpoint_of
+from mycel.protocol.chain import Chain
+from mycel.protocol.errors import AddressError, MycelError
+from mycel.protocol.keys import OwnKey
+from mycel.protocol.membership import Credentials, Membership
+from mycel.protocol.mesh import PeerId
+from mycel.protocol.network import Network
+from mycel.protocol.rpc import Rpc
+
+log = logging.getLogger("mycel.node")
+
+PORTS = "ports"
+"""What the node remembers its listening ports under."""
+
+
+@dataclass(frozen=True, slots=True)
+class Papers:
+    """What a node brings along: who it is, whom it belongs to, and what it remembers."""
+
+    identity: OwnKey
+    credentials: Credentials
+    keep_chain: Callable[[Chain], None] = lambda chain: None
+    """Keeps a newer chain that a root holder handed over."""
+    memory: Memory = field(default_factory=VolatileMemory)
+    bootstrap: tuple[Multiaddr, ...] = ()
+    """Where to find the swarm, from the ticket."""
+
+
+async def run(
+    config: Config,
+    network: Network,
+    engines: EngineFactory,
+    papers: Papers,
+    *,
+    task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Be a node until `Node.stop` or cancelled; started with the node once it listens and serves.
+
+    Raises `AddressError` when a listening address cannot be bound.
+    """
+    limits = config.limits()
+    membership = Membership(
+        papers.credentials,
+        network.wall,
+        limits=limits,
+        on_certificate=papers.keep_chain,
+        revoked=[PeerId(peer) for peer in config.revoked],
+    )
+    listen = await choose_ports(config.listen, network, papers.memory)
+    host = Host(network, papers.identity, listen=listen, membership=membership, limits=limits)
+    rpc = Rpc(host)
+    board = PushBoard(host)
+    links = Links(host)
+    stages = StageServer(links, rpc, board)
+    generator = Generator(links, rpc, board)
+    contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
+    lender = Lender(config, engines, stages, generator)
+    gather = Gather(host, rpc, contacts, papers.memory, announce=config.announce)
+    node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.run)
+        await nursery.start(rpc.run)
+        await nursery.start(board.run)
+        await nursery.start(links.run)
+        await nursery.start(stages.run)
+        await nursery.start(generator.run)
+        await nursery.start(gather.run)
+        board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
+        _learn_bootstrap(config, papers, contacts)
+        nursery.start_soon(_serve_configured, config, lender)
+        task_status.started(node)
+        await node.stopping.wait()
+        await stages.leave(config.leave_s)
+        node.ended.set()
+        nursery.cancel_scope.cancel()
+
+
+async def choose_ports(asked: Sequence[str], network: Network, memory: Memory) -> list[str]:
+    """Addresses to bind: port 0 becomes last time's port where that is still free, else any free one.
+
+    So a ticket's addresses stay good over a restart. Raises `AddressError`.
+    """
+    try:
+        last = msgspec.json.decode(memory.get(PORTS) or b"{}", type=dict[str, int])
+    except msgspec.DecodeError:
+        last = {}
+    ports, planned = {}, []
+    for addr in asked:
+        if endpoint_of(addr).port:
+            planned.append(addr)
+            continue
+        ports[addr] = await _free_port(addr, last.get(addr, 0), network)
+        planned.append(_with_port(addr, ports[addr]))
+    if ports and ports != last:
+        memory.put(PORTS, msgspec.json.encode(ports))
+    return planned
+
+
+async def _free_port(addr: str, last: int, network: Network) -> int:
+    for port in (last, 0) if last else (0,):
+        try:
+            listener = await network.listen(Multiaddr(_with_port(addr, port)))
+        except AddressError:
+            if port == 0:
+                raise
+            continue
+        listener.close()
+        return endpoint_of(listener.addr).port
+    raise AssertionError("unreachable: port 0 returns or raises")
+
+
+def _with_port(addr: str, port: int) -> str:
+    return f"{addr.removesuffix('/0')}/{port}"
+
+
+def _learn_bootstrap(config: Config, papers: Papers, contacts: Contacts) -> None:
+    """The ticket's and the config's addresses, each peer's together."""
+    for addr in [*(str(addr) for addr in papers.bootstrap), *config.bootstrap]:
+        peer = endpoint_of(addr).peer
+        if peer is not None:
+            contacts.learn(peer, [addr], trio.current_time(), lasting=True)
+
+
+async def _serve_configured(config: Config, lender: Lender) -> None:
+    """What the config names, then what the swarm needs."""
+    for item in config.serve:
+        model, layers = parse_model_layers(item)
+        try:
+            await lender.serve(model, Span(*layers) if layers else None)
+        except (MycelError, FileNotFoundError, ModelUnsupported, EngineLost) as error:
+            log.error("%s is not served: %s", item, error)
+    if config.assign:
+        await lender.assign()

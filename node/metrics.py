@@ -1,0 +1,89 @@
+"""What a node counts, in Prometheus' text format (version 0.0.4), made when asked.
+
+Every figure is read from the service that owns it; nothing is counted twice and no registry is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+import mycel
+from mycel.node.running import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name, what it says, and its values by labels."""
+
+    name: str
+    kind: str
+    """counter or gauge."""
+    text: str
+    values: Mapping[tuple[tuple[str, str], ...], float] = field(default_factory=dict)
+
+
+def render(node: Node) -> str:
+    """All of the node's metrics."""
+    lines: list[str] = []
+    for family in families(node):
+        lines.append(f"# HELP {family.name} {family.text}")
+        lines.append(f"# TYPE {family.name} {family.kind}")
+        for labels, value in sorted(family.values.items()):
+            told = ",".join(f'{name}="{_escape(text)}"' for name, text in labels)
+            lines.append(f"{family.name}{'{' + told + '}' if told else ''} {value:g}")
+    return "\n".join(lines) + "\n"
+
+
+def families(node: Node) -> Iterator[Family]:
+    """The metrics of `node`."""
+    host, totals, tally = node.host.counters, node.stages.totals, node.tally
+    who = {_labels(peer=node.host.peer_id, version=mycel.__version__): 1}
+    yield Family("mycel_info", "gauge", "Version and peer id.", who)
+    yield _gauge("mycel_up_seconds", "Seconds since the node came up.", trio.current_time() - node.began)
+    yield Family("mycel_peers", "gauge", "Connected peers by role.", _count_roles(node))
+    yield _counter("mycel_connections_opened_total", "Connections that came up.", host.opened)
+    yield _counter("mycel_dials_failed_total", "Dials that failed.", host.dials_failed)
+    yield _by("reason", "mycel_connections_lost_total", "Connections that ended.", host.lost)
+    yield _by("reason", "mycel_refused_total", "Connections and streams turned away.", host.refused)
+    sides = {"in": host.streams_inbound, "out": host.streams_outbound}
+    yield _by("side", "mycel_streams_total", "Streams opened.", sides)
+    yield _by("protocol", "mycel_handler_errors_total", "Handlers that raised.", host.handler_errors)
+    yield _counter("mycel_rows_computed_total", "Rows through this node's layers.", totals.rows_computed)
+    yield _counter("mycel_rows_resent_total", "Rows sent from the log after a loss.", totals.rows_resent)
+    yield _counter("mycel_rows_duplicate_total", "Rows that came twice.", totals.rows_duplicate)
+    yield _counter("mycel_steps_total", "Steps of the engines.", totals.steps)
+    yield _counter("mycel_worker_losses_total", "Workers that died.", node.lender.losses)
+    yield _counter("mycel_generations_total", "Generations owned that ended.", tally.generations)
+    yield _counter("mycel_tokens_total", "Tokens generated for this node's clients.", tally.tokens)
+    yield _counter("mycel_failovers_total", "Recoveries of those generations.", tally.failovers)
+
+
+def _gauge(name: str, text: str, value: float) -> Family:
+    return Family(name, "gauge", text, {(): value})
+
+
+def _counter(name: str, text: str, value: float) -> Family:
+    return Family(name, "counter", text, {(): value})
+
+
+def _by(label: str, name: str, text: str, values: Mapping[str, int]) -> Family:
+    return Family(name, "counter", text, {((label, key),): value for key, value in values.items()})
+
+
+def _labels(**labels: str) -> tuple[tuple[str, str], ...]:
+    return tuple(labels.items())
+
+
+def _count_roles(node: Node) -> dict[tuple[tuple[str, str], ...], float]:
+    counts: dict[tuple[tuple[str, str], ...], float] = {}
+    for info in node.host.peers.values():
+        key = (("role", info.access.name.lower()),)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,154 @@
+"""What a node says of itself and of its swarm to its faces: plain data, as JSON for scripts."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mycel.compute.infer.request import Report
+
+
+class StageView(msgspec.Struct, frozen=True):
+    """Layers [start:end) of a model that this node lends or is about to."""
+
+    model: str
+    fingerprint: str
+    start: int
+    end: int
+    layers: int
+    """Of the whole model."""
+    state: str
+    """ "starting", "claiming", "loading", "ready", "leaving", or "lost" while its worker is down."""
+    device: str = ""
+    dtype: str = ""
+    weight_bytes: int = 0
+    trouble: str = ""
+
+
+class TroubleView(msgspec.Struct, frozen=True):
+    """A contact that cannot be reached."""
+
+    peer: str
+    addrs: tuple[str, ...]
+    why: str
+
+
+class StatusView(msgspec.Struct, frozen=True):
+    """This node."""
+
+    peer: str
+    label: str
+    swarm: str
+    access: str
+    founder: bool
+    version: str
+    pid: int
+    home: str
+    up_s: float
+    listen: tuple[str, ...]
+    api: str
+    """Base URL of the OpenAI-compatible API."""
+    peers: int
+    """Connected members."""
+    strangers: int
+    stages: tuple[StageView, ...]
+    models: tuple[str, ...]
+    """Names of models that the swarm can run now."""
+    trouble: tuple[TroubleView, ...]
+
+
+class PeerView(msgspec.Struct, frozen=True):
+    """A connected peer."""
+
+    peer: str
+    label: str
+    access: str
+    addr: str
+    path: str
+    agent: str
+    inbound: bool
+    rtt_ms: float | None
+    connected_s: float
+    serves: tuple[str, ...]
+    """MODEL@i:j of each stage it says it holds."""
+
+
+class HolderView(msgspec.Struct, frozen=True):
+    """Who holds which layers of a model."""
+
+    peer: str
+    label: str
+    start: int
+    end: int
+    state: str
+
+
+class ModelView(msgspec.Struct, frozen=True):
+    """A model known in the swarm."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    layers: int
+    positions: int
+    complete: bool
+    missing: tuple[tuple[int, int], ...]
+    holders: tuple[HolderView, ...]
+
+
+class TicketView(msgspec.Struct, frozen=True):
+    """A fresh ticket. `text` is a secret."""
+
+    text: str
+    swarm: str
+    access: str
+    label: str
+    expires: int
+    """Seconds since 1970."""
+    bootstrap: tuple[str, ...]
+
+
+class GenerateEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of a generation's answer: text as it comes, at the end the report."""
+
+    text: str = ""
+    report: Report | None = None
+    labels: dict[str, str] = {}
+    """With the report: what the peers in it call themselves."""
+    error: str = ""
+
+
+class GenerateAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A generation asked for over the control API: `prompt` or `messages`."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class ServeAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers to lend; `layers` None lets the swarm's need decide."""
+
+    model: str
+    layers: tuple[int, int] | None = None
+
+
+class TicketAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ticket to issue."""
+
+    role: str = "member"
+    life_s: float = 7 * 86400.0
+    label: str = ""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why a control call failed."""
+
+    error: str
+    kind: str = ""
