@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import base58
@@ -85,6 +85,15 @@ class Ticket:
         """The role it gives."""
         return Access(self.certificate.access)
 
+    def with_bootstrap(self, addrs: Sequence[Multiaddr]) -> Ticket:
+        """The same ticket with these addresses of peers to begin with (each ending in /p2p/ID).
+
+        Raises `TicketError` when they are too many or too long.
+        """
+        if len(addrs) > BOOTSTRAP_MAX or any(len(addr.to_bytes()) > ADDR_BYTES_MAX for addr in addrs):
+            raise TicketError(f"a ticket holds at most {BOOTSTRAP_MAX} addresses of {ADDR_BYTES_MAX} bytes")
+        return replace(self, bootstrap=tuple(addrs))
+
     def text(self) -> str:
         """The string to paste: treat it as a password."""
         addrs = tuple(addr.to_bytes() for addr in self.bootstrap)
@@ -106,11 +115,10 @@ def issue_ticket(
     entropy: Callable[[int], bytes],
     life_s: float = LIFE_S,
     label: str = "",
-    bootstrap: Sequence[Multiaddr] = (),
 ) -> Ticket:
     """A fresh ticket of the swarm of `root`, valid from `now` (seconds since 1970) for `life_s` seconds.
 
-    Raises `TicketError` for a role, life, label or list of addresses that no ticket can have.
+    Raises `TicketError` for a role, life or label that no ticket can have.
     """
     if access is Access.STRANGER:
         raise TicketError("a ticket gives one of the roles submit, member, admin")
@@ -118,10 +126,6 @@ def issue_ticket(
         raise TicketError(f"a ticket cannot live for {life_s} s")
     if len(label) > LABEL_CHARS_MAX or not label.isprintable():
         raise TicketError(f"a label is printable text of at most {LABEL_CHARS_MAX} characters")
-    if len(bootstrap) > BOOTSTRAP_MAX or any(len(addr.to_bytes()) > ADDR_BYTES_MAX for addr in bootstrap):
-        raise TicketError(
-            f"a ticket holds at most {BOOTSTRAP_MAX} bootstrap addresses of {ADDR_BYTES_MAX} bytes"
-        )
     delegation = SigningKey(entropy(SEED_BYTES))
     certificate = Certificate(
         kind=DELEGATE,
@@ -132,7 +136,7 @@ def issue_ticket(
         not_after=int(now + life_s),
         label=label,
     )
-    return Ticket(sign_certificate(root, certificate), certificate, delegation, tuple(bootstrap))
+    return Ticket(sign_certificate(root, certificate), certificate, delegation, ())
 
 
 def parse_ticket(text: str) -> Ticket:
