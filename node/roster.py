@@ -56,6 +56,7 @@ class Roster:
         if peering.up or self._peerings.get(peering.peer) is not peering:
             return
         peering.up = True
+        peering.gate.access = access
         self._refresh(peering)
         self._news.tell(PeerUp(peering.peer, access))
         peering.gate.settle(access)
