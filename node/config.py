@@ -14,13 +14,13 @@ from typing import Any
 
 from multiaddr import Multiaddr
 
-from mycel.protocol.errors import MycelError
+from mycel.protocol.errors import UsageProblem
 from mycel.protocol.limits import DEFAULT_LIMITS, MIB, Limits
 
 DEFAULT_HOME = "~/.mycel"
 
 
-class ConfigError(MycelError):
+class ConfigError(UsageProblem):
     """A setting that cannot be used. The text names the setting, where it came from, and what would do."""
 
 

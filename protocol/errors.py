@@ -14,6 +14,10 @@ class MycelError(Exception):
     """Root of every error that Mycel raises on purpose. Its text says what to do next."""
 
 
+class UsageProblem(MycelError):
+    """What the user gave cannot be used as it is: a setting, an argument, a pasted ticket."""
+
+
 class LocalProtocolError(MycelError):
     """Our own code asked for something the protocol forbids: a bug on this side."""
 

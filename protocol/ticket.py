@@ -38,7 +38,7 @@ from mycel.protocol.chain import (
     sign_certificate,
     swarm_id,
 )
-from mycel.protocol.errors import MycelError, Refused
+from mycel.protocol.errors import Refused, UsageProblem
 from mycel.protocol.identity import SEED_BYTES, SigningKey
 from mycel.protocol.limits import DEFAULT_LIMITS
 from mycel.protocol.mesh import Access, PeerId
@@ -53,7 +53,7 @@ LIFE_S = 7 * 86400.0
 """How long a ticket lives when nobody says: time to paste it into a few machines."""
 
 
-class TicketError(MycelError):
+class TicketError(UsageProblem):
     """This text is no ticket, or not any more; the message says what to do."""
 
 

@@ -1,0 +1,115 @@
+"""`mycel ticket | status | peers | down`: ask the running node of a home."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mycel.commands.common import (
+    client_of,
+    home_option,
+    json_option,
+    print_json,
+    print_table,
+    seconds,
+)
+
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def _life(_: click.Context, __: click.Parameter, text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no time; write 30m, 12h, 7d or 4w")
+    return float(match[1]) * UNITS_S[match[2]]
+
+
+@click.command()
+@click.option("--role", type=click.Choice(["submit", "member", "admin"]), default="member", show_default=True,
+              help="submit may only ask, member also lends, admin may do all.")  # fmt: skip
+@click.option("--expires", "life_s", default="7d", show_default=True, callback=_life,
+              help="How long it lets machines in, e.g. 30m, 12h, 7d.")  # fmt: skip
+@click.option("--label", default="", help="Whom or what it is for; peers see it.")
+@home_option
+@json_option
+def ticket(role: str, life_s: float, label: str, home: Path | None, as_json: bool) -> None:
+    """Print a ticket: the one string that lets machines into this swarm. Treat it as a password."""
+    issued = client_of(home).post("ticket", {"role": role, "life_s": life_s, "label": label})
+    if as_json:
+        print_json(issued)
+        return
+    click.echo(issued["text"])
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(issued["expires"]))
+    click.echo(f"lets machines in as {role} until {until}; there: mycel join TICKET", err=True)
+    if not issued["bootstrap"]:
+        click.echo("no address is in it: this node does not listen anywhere", err=True)
+
+
+@click.command()
+@home_option
+@json_option
+def status(home: Path | None, as_json: bool) -> None:
+    """How the node of this home is."""
+    told = client_of(home).get("status")
+    if as_json:
+        print_json(told)
+        return
+    rows = [
+        ("node", f"{told['label']}  {told['peer']}"),
+        ("swarm", f"{told['swarm']}  ({told['access']}{', founder' if told['founder'] else ''})"),
+        ("up", f"{seconds(told['up_s'])}, process {told['pid']}, version {told['version']}"),
+        *(("listens", addr) for addr in told["listen"]),
+        ("api", told["api"]),
+        ("peers", f"{told['peers']} members, {told['strangers']} strangers connected"),
+        ("models", ", ".join(told["models"]) or "none that could run now"),
+    ]
+    for stage in told["stages"]:
+        rows += _stage_rows(stage)
+    rows += [("trouble", f"{one['peer']}: {one['why']}") for one in told["trouble"]]
+    for what, text in rows:
+        click.echo(click.style(f"{what:>8}", fg="cyan") + f"  {text}")
+
+
+def _stage_rows(stage: dict[str, Any]) -> list[tuple[str, str]]:
+    span = "layers not chosen yet"
+    if stage["layers"]:
+        span = f"layers {stage['start']}:{stage['end']} of {stage['layers']}"
+    rows = [("serves", f"{stage['model']}  {span}  {stage['state']}  {stage['device']} {stage['dtype']}")]
+    return [*rows, ("", stage["trouble"])] if stage["trouble"] else rows
+
+
+@click.command()
+@home_option
+@json_option
+def peers(home: Path | None, as_json: bool) -> None:
+    """Who is connected."""
+    told = client_of(home).get("peers")
+    if as_json:
+        print_json(told)
+        return
+    rows = [
+        (
+            one["label"],
+            one["peer"],
+            one["access"],
+            f"{one['rtt_ms']:.1f} ms" if one["rtt_ms"] is not None else "",
+            one["path"],
+            one["addr"],
+            " ".join(one["serves"]),
+        )
+        for one in told
+    ]
+    print_table(("label", "peer", "role", "rtt", "path", "address", "serves"), rows)
+    if not rows:
+        click.echo("nobody yet; `mycel ticket` prints what lets another machine in", err=True)
+
+
+@click.command()
+@home_option
+def down(home: Path | None) -> None:
+    """Let the node of this home leave in order and end."""
+    client_of(home).post("stop", {})
