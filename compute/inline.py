@@ -58,7 +58,7 @@ class InlineEngine:
 
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
         def load() -> StageInfo:
-            self._stage = None  # its memory first
+            self._close()
             self._stage = load_stage(
                 msgspec.structs.replace(spec, threads=self._threads),
                 progress or (lambda fraction, what: None),
@@ -88,12 +88,17 @@ class InlineEngine:
     def break_down(self, why: str) -> None:
         """Be as a worker that died: simulation's way to lose an engine. Calls in progress fail too."""
         self._why = why
-        self._stage = None
+        self._close()
         self._broken.set()
 
     async def aclose(self) -> None:
-        self._stage = None
+        self._close()
         await trio.lowlevel.checkpoint()
+
+    def _close(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
     @property
     def _loaded(self) -> Stage:

@@ -156,12 +156,14 @@ class Worker:
         def report(fraction: float, what: str) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= PROGRESS_EVERY_S:
+            if fraction >= 1 or now - last >= PROGRESS_EVERY_S:
                 last = now
                 progress = PROGRESS.encode(Progress(fraction, what))
                 self._connection.send(FrameKind.ITEM, self._number, progress)
 
-        self._stage = None  # its memory first
+        if self._stage is not None:  # its memory first
+            self._stage.close()
+            self._stage = None
         self._stage = load_stage(spec, report)
         return self._stage.info
 
@@ -262,7 +264,7 @@ def main(arguments: list[str]) -> int:
     import mycel.compute.model.load  # noqa: F401 transformers and all, before the first request needs it
 
     limit_memory(memory)
-    hello = Hello(os.getpid(), torch.__version__, see_devices(), time.monotonic() - begun)
+    hello = Hello(os.getpid(), str(torch.__version__), see_devices(), time.monotonic() - begun)
     worker = Worker(connection)
     try:
         connection.send(FrameKind.RESPONSE, 0, HELLO.encode(hello))
