@@ -37,6 +37,9 @@ from mycel.protocol.network import Pipe
 RECEIVE_BYTES = 512 * 1024
 """What one wake-up takes from the pipe at most."""
 
+SENDS_PER_YIELD = 32
+"""Sends in a row that do not yield to other tasks."""
+
 HANDLER_GRACE_S = 5.0
 """How long handlers may go on after their connection is lost."""
 
@@ -89,6 +92,7 @@ class Link:
         self._keepalive = Keepalive(owner.limits, now)
         self._corked = False
         self._blocked = False
+        self._turns = 0
         self._writer: trio.lowlevel.Task | None = None
         self._scope = trio.CancelScope()
         self._handlers: trio.Nursery | None = None
@@ -201,11 +205,12 @@ class Link:
     async def _write(self) -> None:
         try:
             while True:
-                if not self._blocked:
+                if self._blocked:
+                    await self._pipe.wait_writable()
+                    self._blocked = False
+                else:
                     self._writer = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._abort_writer)
-                await self._pipe.wait_writable()
-                self._blocked = False
                 self.flush()
         except PipeBroken as error:
             self._on_eof(str(error))
@@ -225,12 +230,25 @@ class Link:
                 connection.sent(count)
                 if count < len(view):
                     self._blocked = True
-                    writer, self._writer = self._writer, None
-                    if writer is not None:
-                        trio.lowlevel.reschedule(writer)
+                    self._wake_writer()
                     return
         except PipeBroken as error:
             self._on_eof(str(error))
+
+    def flush_soon(self) -> None:
+        """Flush in a moment, together with what else is sent until then."""
+        if not self._corked and not self._blocked:
+            self._wake_writer()
+
+    def is_turn_over(self) -> bool:
+        """Whether senders that found room did so often enough in a row to let other tasks run now."""
+        self._turns += 1
+        return self._turns % SENDS_PER_YIELD == 0
+
+    def _wake_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            trio.lowlevel.reschedule(writer)
 
     # Streams
 

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 COPIED_MAX = 65507
 """Up to one full frame is copied into the output; more is borrowed from the sender until it is out."""
 
-SENDS_PER_YIELD = 32
-"""Sends in a row that do not yield to other tasks."""
-
 Receiver = Callable[[memoryview | None, Exception | None], None]
 
 
@@ -53,7 +50,6 @@ class HostStream:
         "_reader",
         "_receiver",
         "_sender",
-        "_sends",
         "peer",
         "protocol",
     )
@@ -69,7 +65,6 @@ class HostStream:
         self._sender: trio.lowlevel.Task | None = None
         self._ended = False
         self._error: MycelError | None = None
-        self._sends = 0
         self._asks: multistream.Dialer | None = None
         self.peer = peer
         self.protocol = protocol
@@ -85,33 +80,32 @@ class HostStream:
 
     # Sending
 
-    def try_send(self, data: Buffer) -> bool:
+    def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """See `Stream.try_send`."""
         if self._sender is not None:
             raise trio.BusyResourceError("another task is sending on this stream")
         if isinstance(data, memoryview) and data.itemsize != 1:
             data = data.cast("B")
-        if not self._channel.try_send(data):
+        if not self._channel.try_send(data, end=end):
             return False
         self._link.flush()
         return True
 
-    async def send(self, data: Buffer) -> None:
+    async def send(self, data: Buffer, *, end: bool = False) -> None:
         """See `Stream.send`."""
         if self._sender is not None:
             raise trio.BusyResourceError("another task is sending on this stream")
         view = memoryview(data).cast("B")
         channel = self._channel
-        if len(view) <= COPIED_MAX and channel.try_send(view):
+        if len(view) <= COPIED_MAX and channel.try_send(view, end=end):
             self._link.flush()
-            self._sends += 1
-            if self._sends % SENDS_PER_YIELD:
-                await trio.lowlevel.checkpoint_if_cancelled()
-            else:
+            if self._link.is_turn_over():
                 await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
             return
         await trio.lowlevel.checkpoint_if_cancelled()
-        channel.enqueue(view)
+        channel.enqueue(view, end=end)
         self._link.flush()
         if channel.queued:
             self._sender = trio.lowlevel.current_task()
@@ -147,8 +141,9 @@ class HostStream:
         """See `Stream.aclose`."""
         self._lose(StreamClosed("this side closed the stream; open another one"))
         self._channel.forget()
-        self._link.flush()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        self._link.flush_soon()
+        if self._link.is_turn_over():
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     # Receiving
 

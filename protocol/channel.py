@@ -93,8 +93,11 @@ class Channel:
         if self.fin_wanted:
             raise StreamClosed("this side ended the stream; open another one to send more")
 
-    def try_send(self, data: bytes | bytearray | memoryview) -> bool:
-        """Take all of `data` (a copy is made) if window and output have room for it; False if not."""
+    def try_send(self, data: bytes | bytearray | memoryview, *, end: bool = False) -> bool:
+        """Take all of `data` (a copy is made) if window and output have room for it; False if not.
+
+        `end` finishes the stream with it.
+        """
         self.check_writable()
         if self.prefix:
             data = self.prefix + data
@@ -102,17 +105,19 @@ class Channel:
         size = len(data)
         if size > self.send_window - self.queued:
             return False
-        if self._outbox or not egress.put(self, data, size):
+        if self._outbox or not egress.put(self, data, size, end=end):
             if not egress.admit(self, size):
                 return False
+            self.fin_wanted = end
             self._push(memoryview(bytes(data)), size)
         self.prefix = b""
         return True
 
-    def enqueue(self, data: memoryview) -> None:
-        """Send all of `data`, borrowed until `on_drained` is called."""
+    def enqueue(self, data: memoryview, *, end: bool = False) -> None:
+        """Send all of `data`, borrowed until `on_drained` is called. `end` finishes the stream with it."""
         self.check_writable()
         self.flush_prefix()
+        self.fin_wanted = end
         self._push(data, len(data))
 
     def flush_prefix(self) -> None:
@@ -125,6 +130,7 @@ class Channel:
         """Forget what is left of the memory borrowed last."""
         if self._outbox:
             self.queued -= len(self._outbox.pop())
+            self.fin_wanted = self.fin_sent
 
     def finish(self) -> None:
         """Send no more after what is queued (FIN). Nothing happens the second time."""

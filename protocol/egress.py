@@ -43,7 +43,7 @@ class Egress:
         self.swamped = False
         """The peer made this side owe it more short frames than the bound; it must be dropped."""
 
-    def put(self, channel: Channel, data: bytes | bytearray | memoryview, size: int) -> bool:
+    def put(self, channel: Channel, data: bytes | bytearray | memoryview, size: int, *, end: bool) -> bool:
         """Write `data` as one frame right away; False where it does not fit into the output now."""
         outlet = self._outlet
         need = HEADER_BYTES + size
@@ -54,10 +54,16 @@ class Egress:
             if outlet.room() < need:
                 return False
         view, at = outlet.reserve(need)
-        HEADER.pack_into(view, at, 0, yamux.DATA, channel.flags, channel.id, size)
-        view[at + HEADER_BYTES : at + need] = data
+        flags = channel.flags
         channel.flags = 0
+        if end:
+            flags |= yamux.FIN
+            channel.fin_wanted = channel.fin_sent = True
+        HEADER.pack_into(view, at, 0, yamux.DATA, flags, channel.id, size)
+        view[at + HEADER_BYTES : at + need] = data
         channel.send_window -= size
+        if end and channel.fin_received:
+            self._on_finished(channel)
         return True
 
     def admit(self, channel: Channel, size: int) -> bool:

@@ -36,15 +36,17 @@ class LoopStream:
         self._lost: StreamReset | None = None
         self._news = trio.lowlevel.ParkingLot()
 
-    def try_send(self, data: Buffer) -> bool:
+    def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """See `Stream.try_send`."""
         self._check()
         if len(data) > self._room:
             return False
         self._push(bytes(data))
+        if end:
+            self._end()
         return True
 
-    async def send(self, data: Buffer) -> None:
+    async def send(self, data: Buffer, *, end: bool = False) -> None:
         """See `Stream.send`."""
         view = memoryview(data).cast("B")
         while True:
@@ -54,9 +56,11 @@ class LoopStream:
                 self._push(part)
                 view = view[len(part) :]
             if not view:
-                return
+                break
             if not self._room:
                 await self._news.park()
+        if end:
+            self._end()
 
     def _check(self) -> None:
         if self._lost is not None:
@@ -121,10 +125,13 @@ class LoopStream:
 
     async def send_eof(self) -> None:
         """See `Stream.send_eof`."""
+        self._end()
+        await trio.lowlevel.checkpoint()
+
+    def _end(self) -> None:
         if not self._ended_here and self._lost is None:
             self._ended_here = True
             self._other._on_end()
-        await trio.lowlevel.checkpoint()
 
     def _on_end(self) -> None:
         self._ended_there = True

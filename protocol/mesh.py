@@ -88,16 +88,17 @@ class Stream(Protocol):
     @property
     def protocol(self) -> str: ...
 
-    def try_send(self, data: Buffer) -> bool:
+    def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """Send all of `data` now if the peer's window has room for it; False (nothing sent) if not.
 
-        Raises as `send` does.
+        `end` sends the end of stream with it, in the same frame. Raises as `send` does.
         """
 
-    async def send(self, data: Buffer) -> None:
+    async def send(self, data: Buffer, *, end: bool = False) -> None:
         """Send all of `data`, waiting for the peer's window where needed. No task hop when there is room.
 
-        Raises `StreamReset`, `ConnectionLost`, or `StreamClosed` after `send_eof`.
+        `end` sends the end of stream with it, in the same frame: what a request or an answer that stands
+        alone should do, for it saves a packet. Raises `StreamReset`, `ConnectionLost`, or `StreamClosed` after `send_eof`.
         """
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:

@@ -57,16 +57,18 @@ class MeshStream:
     def __repr__(self) -> str:
         return f"<MeshStream {self._id} {self.protocol} with {self.peer}>"
 
-    def try_send(self, data: Buffer) -> bool:
+    def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """See `Stream.try_send`."""
         self._check_send()
         size = memoryview(data).nbytes
         if self._sending or size > self._credit:
             return False
         self._push(bytes(data))
+        if end:
+            self._end_sending()
         return True
 
-    async def send(self, data: Buffer) -> None:
+    async def send(self, data: Buffer, *, end: bool = False) -> None:
         """See `Stream.send`."""
         self._check_send()
         if self._sending:
@@ -84,6 +86,8 @@ class MeshStream:
                 view = view[part.nbytes :]
         finally:
             self._sending = False
+        if end:
+            self._end_sending()
 
     def _check_send(self) -> None:
         if self._send_error is not None:
