@@ -278,4 +278,5 @@ def remaining_ms(deadline: float) -> int:
     """What a deadline (trio time) leaves, as it travels: at least 1 ms, rounded up."""
     if deadline == math.inf:
         return NO_DEADLINE
-    return min(max(math.ceil((deadline - trio.current_time()) * 1000), 1), NO_DEADLINE - 1)
+    left_s = max(deadline - trio.current_time(), 0.0)  # minus infinity in a scope that is cancelled
+    return min(max(math.ceil(left_s * 1000), 1), NO_DEADLINE - 1)
