@@ -71,11 +71,11 @@ def find(model: str) -> Source:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _local(model, path)
+        return _local(path)
     return _remote(model)
 
 
-def _local(model: str, path: Path) -> Source:
+def _local(path: Path) -> Source:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json: name the directory of a Hugging Face model")
     if (path / INDEX).is_file():
@@ -88,8 +88,9 @@ def _local(model: str, path: Path) -> Source:
         weight_map = dict.fromkeys(read_header(path / SINGLE), SINGLE)
         names = [SINGLE]
     else:
-        raise _no_safetensors(model, [entry.name for entry in path.iterdir()])
-    return Source(model, path, weight_map, {name: (path / name).stat().st_size for name in names}, hub=False)
+        raise _no_safetensors(str(path), [entry.name for entry in path.iterdir()])
+    sizes = {name: (path / name).stat().st_size for name in names}
+    return Source(path.absolute().name, path, weight_map, sizes, hub=False)
 
 
 def _remote(model: str) -> Source:
