@@ -1,1 +1,1 @@
-"""Split inference: routes over the peers that hold layers, the ring of stages, sessions and their failover."""
+"""Split inference: routes over peers that hold layers, the ring of stages, sessions and their failover."""

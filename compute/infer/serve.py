@@ -1,51 +1,228 @@
-"""The stage service: this node's engines at work for everybody's sessions."""
+"""The stage service: this node's engines at work for everybody's sessions.
+
+Each stage has an engine kept alive by a `Supervisor`, a loop (`mycel.compute.infer.stage`), and a fact on the
+board that follows its state. When an engine is lost its sessions' owners are told at once; the stage is
+loaded again and comes back empty. A session whose owner's connection ended, and who did not ask again
+within a while, is closed.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
-import msgspec
 import trio
+from trio import TaskStatus
 
 from mycel.compute.engine import Engine, StageInfo, StageSpec
+from mycel.compute.infer.links import Links
+from mycel.compute.infer.messages import (
+    CLOSE,
+    FILES,
+    OPEN,
+    RESUME,
+    STATUS,
+    CreditFrame,
+    FilesName,
+    FilesReply,
+    Frame,
+    NoticeFrame,
+    Open,
+    OpenReply,
+    Resume,
+    SessionName,
+    StageStatus,
+    StepFrame,
+    TokenFrame,
+)
+from mycel.compute.infer.served import Served, ServeOptions
+from mycel.compute.infer.session import SessionCounters, StageSession
+from mycel.compute.infer.stage import Stage
+from mycel.compute.supervise import EngineEvent
+from mycel.protocol.board import Board
+from mycel.protocol.errors import Refused
+from mycel.protocol.mesh import PeerDown, PeerId
+from mycel.protocol.method import Call
+from mycel.protocol.rpc import Rpc
+
+__all__ = ["ServeOptions", "SessionCounters", "StageServer"]
+
+ORPHAN_S = 30.0
+"""How long a session outlives its owner's connection: the owner may be on its way back."""
 
 
-class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a stage is chosen when no layers are named."""
+class StageServer:
+    """This node's stages. `run` must be running while they serve."""
 
-    stages: int | None = None
-    """How many peers should share the model; None: as few as the memory allows."""
-    weight_bytes_max: int | None = None
-    """Memory for weights on this node; None: what the device has free."""
+    def __init__(self, links: Links, rpc: Rpc, board: Board) -> None:
+        self._links = links
+        self._rpc = rpc
+        self._board = board
+        self._me = links.mesh.peer_id
+        self._served: dict[str, Served] = {}  # by fingerprint
+        self._nursery: trio.Nursery | None = None
+        links.attach(self)
+        rpc.serve(OPEN, self._open, inline=True)
+        rpc.serve(RESUME, self._resume, inline=True)
+        rpc.serve(STATUS, self._status, inline=True)
+        rpc.serve(CLOSE, self._close, inline=True)
+        rpc.serve(FILES, self._files)
 
+    # --- for the node
 
-class SessionCounters(msgspec.Struct):
-    """What one session cost this stage (or all of them together)."""
-
-    rows_computed: int = 0
-    rows_duplicate: int = 0
-    """Rows that came again and were dropped."""
-    rows_resent: int = 0
-    """Rows sent from the log, not computed."""
-    steps: int = 0
-
-
-class StageServer(Protocol):
-    """Construct with (mesh, rpc, board, links), then `await nursery.start(stages.run)`."""
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        async with self._links.mesh.events() as events, trio.open_nursery() as self._nursery:
+            task_status.started()
+            async for event in events:
+                if isinstance(event, PeerDown):
+                    self._nursery.start_soon(self._close_orphans, event.peer)
 
     async def serve(
-        self, engine: Engine, spec: StageSpec, options: ServeOptions = ServeOptions()
+        self,
+        spec: StageSpec,
+        start_engine: Callable[[], Engine],
+        options: ServeOptions = ServeOptions(),
+        progress: Callable[[float, str], None] | None = None,
+        report: Callable[[EngineEvent], None] | None = None,
     ) -> StageInfo:
-        """Load a stage into `engine` and serve it until `leave`. `spec.span` None: the span is planned from
-        what the board shows to be missing. A lost engine is loaded again. Raises as `Engine.load`."""
+        """Load a stage and serve it until `leave`; returns once it is ready.
+
+        `start_engine` starts an engine, again after each loss. With `spec.span` None the span is chosen from
+        what the board shows to be missing. `report` hears of losses and reloads. Raises as `Engine.load`, and
+        `Refused` when this node serves that model already or has no memory for a single layer.
+        """
+        if self._nursery is None:
+            raise RuntimeError("start StageServer.run first")
+        served = Served(self._links, self._board, spec, options, report)
+        try:
+            await self._nursery.start(served.run, start_engine)
+            card = await served.describe()
+            if card.fingerprint in self._served:
+                raise Refused(f"{card.name} is served by this node already", reason="twice")
+            self._served[card.fingerprint] = served
+            return await served.load(progress)
+        except BaseException:
+            self._remove(served)
+            raise
 
     async def leave(self, grace_s: float = 5.0) -> None:
-        """Say on the board that the stages go, wait until their sessions moved (at most `grace_s`), stop."""
+        """Say that the stages go, wait until their sessions moved (at most `grace_s`), stop."""
+        leaving = list(self._served.values())
+        for served in leaving:
+            served.begin_leaving()
+        with trio.move_on_after(grace_s):
+            for served in leaving:
+                while served.stage is not None and served.stage.sessions:
+                    await served.stage.changed.wait()
+        for served in leaving:
+            self._remove(served)
 
     @property
-    def totals(self) -> SessionCounters: ...
+    def stages(self) -> list[Stage]:
+        """Stages that are loaded."""
+        return [served.stage for served in self._served.values() if served.stage is not None]
+
+    @property
+    def totals(self) -> SessionCounters:
+        """Counters over all sessions of the loaded stages."""
+        totals = SessionCounters()
+        for stage in self.stages:
+            totals.add(stage.totals())
+        return totals
 
     def counters(self, session: str) -> SessionCounters | None:
-        """A live session's counters; ended sessions are kept for a while."""
+        """A session's counters, also for a while after its end."""
+        for stage in self.stages:
+            if session in stage.sessions:
+                return stage.sessions[session].counters
+            if session in stage.ended:
+                return stage.ended[session]
+        return None
+
+    def _remove(self, served: Served) -> None:
+        served.end()
+        self._served = {name: other for name, other in self._served.items() if other is not served}
+
+    # --- rpc
+
+    def _open(self, call: Call, opened: Open) -> OpenReply:
+        served = self._served.get(opened.fingerprint)
+        if served is None or served.stage is None:
+            raise Refused("that model is not served here", reason="layers")
+        if opened.next != self._me and opened.next_addrs:
+            self._links.addrs[opened.next] = opened.next_addrs
+        return served.stage.open(call.peer, opened)
+
+    def _resume(self, call: Call, resume: Resume) -> None:
+        stage, session = self._find(call.peer, resume.session)
+        stage.send(session.on_resume(resume, trio.current_time()))
+        stage.wake(session)
+
+    def _status(self, call: Call, asked: SessionName) -> StageStatus:
+        _, session = self._find(call.peer, asked.session)
+        return session.status(trio.current_time())
+
+    def _close(self, call: Call, asked: SessionName) -> None:
+        stage, session = self._lookup(asked.session)
+        if stage is not None and session is not None and session.owner == call.peer:
+            stage.close(asked.session)
+
+    async def _files(self, call: Call, asked: FilesName) -> FilesReply:
+        served = self._served.get(asked.fingerprint)
+        if served is None or served.files is None:
+            raise Refused("that model's files are not here", reason="layers")
+        return FilesReply(served.files)
+
+    def _lookup(self, name: str) -> tuple[Stage | None, StageSession | None]:
+        for served in self._served.values():
+            if served.stage is not None and name in served.stage.sessions:
+                return served.stage, served.stage.sessions[name]
+        return None, None
+
+    def _find(self, owner: PeerId, name: str) -> tuple[Stage, StageSession]:
+        stage, session = self._lookup(name)
+        if stage is None or session is None or session.owner != owner:
+            raise Refused("no such session here", reason="unknown")
+        session.heard = trio.current_time()
+        return stage, session
+
+    # --- frames
+
+    @property
+    def congested(self) -> bool:
+        """See `Receiver`."""
+        return any(served.stage is not None and served.stage.congested for served in self._served.values())
+
+    def on_frame(self, peer: PeerId, frame: Frame) -> None:
+        """See `Receiver`."""
+        stage, session = self._lookup(frame.session)
+        if stage is None or session is None or isinstance(frame, NoticeFrame):
+            return
+        now = trio.current_time()
+        if isinstance(frame, StepFrame):
+            stage.send(session.on_step(peer, frame, now))
+        elif isinstance(frame, TokenFrame):
+            stage.send(session.on_token(peer, frame, now))
+        elif isinstance(frame, CreditFrame) and peer == session.owner:
+            session.heard = now
+            session.on_credit(frame)
+        stage.wake(session)
+
+    def on_link_ready(self, peer: PeerId) -> None:
+        """See `Receiver`."""
+        for stage in self.stages:
+            stage.wake()
+
+    def on_link_lost(self, peer: PeerId, kind: str, text: str) -> None:
+        """See `Receiver`."""
+        for stage in self.stages:
+            for session in list(stage.sessions.values()):
+                stage.send(session.on_link_lost(peer, kind, text))
+
+    async def _close_orphans(self, owner: PeerId) -> None:
+        down = trio.current_time()
+        await trio.sleep(ORPHAN_S)
+        for stage in self.stages:
+            for name, session in list(stage.sessions.items()):
+                if session.owner == owner and session.heard <= down:
+                    stage.close(name)

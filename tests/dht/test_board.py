@@ -95,14 +95,14 @@ async def test_a_peer_that_ended_the_stream_is_told_again(autojump_clock: trio.t
 
 
 async def test_a_slow_watcher_gets_the_latest_word(autojump_clock: trio.testing.MockClock) -> None:
-    async with world_of(1) as (_, [(a, board)]), board.watch("") as changes:
+    async with world_of(1) as (_, [(_a, board)]), board.watch("") as changes:
         for n in range(1000):
             board.publish("k", str(n).encode())
         assert (await changes.__anext__()).value == b"999"
 
 
 async def test_bounds_hold_on_both_sides(autojump_clock: trio.testing.MockClock) -> None:
-    async with world_of(2) as (world, [(a, board_a), (b, board_b)]):
+    async with world_of(2) as (_world, [(a, board_a), (b, board_b)]):
         with pytest.raises(LimitExceeded):
             board_a.publish("k", bytes(VALUE_BYTES_MAX + 1))
         await a.connect(b.listen_addrs)

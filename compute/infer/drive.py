@@ -1,0 +1,369 @@
+"""Driving one session: what its owner does when it begins, when something is wrong, and when it ends.
+
+`OwnerSession` decides; this task acts. It sleeps while tokens flow. It wakes for trouble: a notice from a
+stage, a peer that went, or a step that takes longer than the session's pace. Then it asks all stages what
+they are doing, replaces those that do not answer (or said themselves that they cannot go on), and lets the
+others go on from what they have. Whatever else breaks meanwhile only makes it go round again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import trio
+
+from mycel.compute.engine import ModelCard
+from mycel.compute.infer.links import Links
+from mycel.compute.infer.messages import (
+    CLOSE,
+    OPEN,
+    RESUME,
+    STATUS,
+    NoticeFrame,
+    Open,
+    OpenReply,
+    Resume,
+    SessionName,
+    StageStatus,
+    stage_key,
+)
+from mycel.compute.infer.owner import EPOCH_UNKNOWN, OwnerSession, Restart, Verdict
+from mycel.compute.infer.request import Failover, GenerationFailed, RouteStage
+from mycel.compute.infer.route import plan_repair, plan_route
+from mycel.compute.infer.served import read_stage
+from mycel.compute.infer.view import SwarmView
+from mycel.protocol.board import Fact
+from mycel.protocol.errors import ConnectionLost, DeadlineExceeded, MycelError, Refused
+from mycel.protocol.mesh import PeerId
+from mycel.protocol.method import Method, Req, Res
+from mycel.protocol.rpc import Rpc
+
+T = TypeVar("T")
+
+RETRY_S = 0.25
+"""Between two looks for somebody to take over."""
+CLOSE_S = 2.0
+"""How long stages are told that a session is over."""
+_FINAL = ("engine", "error", "unreachable")
+"""Kinds of trouble that name a peer which cannot go on."""
+_ASK = ("down", "link", "gap")
+"""Kinds of trouble after which all stages are asked."""
+
+
+class Trouble(NamedTuple):
+    """Something that may be wrong."""
+
+    kind: str
+    """As `NoticeFrame.kind`, or "down" (the peer's connection ended), "leaving", "gap"."""
+    peer: PeerId | None
+    text: str
+
+
+class Services(NamedTuple):
+    """What a session's owner works with."""
+
+    links: Links
+    rpc: Rpc
+    view: SwarmView
+    start_soon: Callable[..., None]
+    """Of the service's nursery."""
+
+
+class Drive:
+    """One session's task. `on_tokens` is called when tokens came other than by a frame."""
+
+    def __init__(
+        self, session: OwnerSession, card: ModelCard, services: Services, on_tokens: Callable[[], None]
+    ) -> None:
+        self.session = session
+        self.failovers: list[Failover] = []
+        self.stages_opened: dict[PeerId, None] = {}
+        self._card = card
+        self._services = services
+        self._on_tokens = on_tokens
+        self._me = services.links.mesh.peer_id
+        self._troubles: list[Trouble] = []
+        self._wake = trio.Event()
+        self._suspects: dict[PeerId, float] = {}  # did not answer, at that time
+        self._refused: dict[PeerId, str] = {}  # said that they cannot take this session
+        self._addrs: dict[PeerId, tuple[str, ...]] = {}
+        self._running = False
+        self._restart: Restart | None = None
+        self._in_a_row = 0
+        self._drawn_then = 0
+
+    # --- events
+
+    def on_notice(self, peer: PeerId, frame: NoticeFrame) -> None:
+        """A stage says that something is wrong."""
+        if frame.epoch != self.session.epoch or all(stage.peer != peer for stage in self.session.route):
+            return
+        subject = frame.peer if frame.kind in ("link", "unreachable") else peer
+        self._trouble(Trouble(frame.kind, subject, frame.text))
+
+    def on_peer_down(self, peer: PeerId, text: str) -> None:
+        """A connection ended."""
+        self._trouble_about("down", peer, text)
+
+    def on_fact(self, fact: Fact) -> None:
+        """A stage's state changed."""
+        if fact.key == stage_key(self._card.fingerprint):
+            stage = read_stage(fact.value)
+            if stage is not None and stage.state == "leaving":
+                self._trouble_about("leaving", fact.author, "the stage leaves")
+
+    def on_link_lost(self, peer: PeerId, kind: str, text: str) -> None:
+        """The owner's own stream to a peer broke; it matters where it carries the session."""
+        if self.session.route and self.session.route[0].peer == peer:
+            self._trouble(Trouble(kind, peer, text))
+
+    def on_gap(self) -> None:
+        """Tokens are missing."""
+        self._trouble(Trouble("gap", None, "tokens got lost"))
+
+    def nudge(self) -> None:
+        """The deadline may have moved closer."""
+        self._wake.set()
+
+    def _trouble_about(self, kind: str, peer: PeerId, text: str) -> None:
+        if any(stage.peer == peer for stage in self.session.route):
+            self._trouble(Trouble(kind, peer, text))
+
+    def _trouble(self, trouble: Trouble) -> None:
+        self._troubles.append(trouble)
+        self._wake.set()
+
+    # --- the task
+
+    async def begin(self) -> None:
+        """Find a route and start. Raises `LayersMissing`, `GenerationFailed`."""
+        await self._take_route((), "")
+
+    async def run(self) -> None:
+        """Keep the session going until cancelled. Raises `LayersMissing`, `GenerationFailed`."""
+        while True:
+            troubles = await self._next_troubles()
+            lost = [trouble.peer for trouble in troubles if trouble.kind in _FINAL and trouble.peer]
+            self._refused |= {t.peer: t.text for t in troubles if t.kind == "error" and t.peer}
+            why = "; ".join(dict.fromkeys(trouble.text for trouble in troubles))
+            recover = any(trouble.kind != "leaving" for trouble in troubles)
+            if not troubles or any(trouble.kind in _ASK for trouble in troubles):
+                verdict = await self._ask_all()
+                lost += verdict.lost
+                recover |= verdict.recover
+                why = why or verdict.why
+            leaving = [t.peer for t in troubles if t.kind == "leaving" and t.peer]
+            if leaving and (recover or self._plan((*lost, *leaving)) is not None):
+                lost += leaving
+                recover = True
+            if recover:
+                await self._take_route(tuple(dict.fromkeys(lost)), why)
+
+    async def _next_troubles(self) -> list[Trouble]:
+        """What went wrong; empty when the step's deadline passed."""
+        while not self._troubles:
+            deadline = self.session.deadline(self._ring_rtt())
+            if trio.current_time() >= deadline:
+                return []
+            self._wake = trio.Event()
+            with trio.move_on_at(deadline):
+                await self._wake.wait()
+        troubles, self._troubles = self._troubles, []
+        return troubles
+
+    async def _ask_all(self) -> Verdict:
+        """Ask all stages what they do, twice when all seem idle."""
+        timing = self.session.timing
+        while True:
+            asked = self.session.epoch
+            statuses = await self._each([partial(self._ask, stage.peer) for stage in self.session.route])
+            verdict = self.session.judge(
+                [None if isinstance(status, MycelError) else status for status in statuses]
+            )
+            assert asked == self.session.epoch
+            if not verdict.recover:
+                self.session.pace.restart(trio.current_time())
+            if not verdict.settle or self._troubles:
+                return verdict
+            await trio.sleep(timing.settle_s + self._ring_rtt())
+
+    async def _ask(self, peer: PeerId) -> StageStatus:
+        limit = self._limit(self.session.timing.probe_s, peer)
+        try:
+            return await self._call(peer, STATUS, SessionName(self.session.job.session), limit)
+        except Refused:
+            return StageStatus(EPOCH_UNKNOWN, 0, 0, 0, 0, "waiting", 0.0)
+
+    # --- routes
+
+    async def _take_route(self, lost: Sequence[PeerId], why: str) -> None:
+        """Open a route without `lost`, and go on from what its stages have."""
+        session = self.session
+        position, replaced = len(session.tokens), dict.fromkeys(lost)
+        if len(session.drawn) > self._drawn_then:
+            self._in_a_row = 0
+        self._drawn_then = len(session.drawn)
+        self._suspect(lost)
+        while True:
+            self._in_a_row += 1
+            if self._in_a_row > session.timing.recoveries:
+                raise GenerationFailed(
+                    f"gave up after {session.timing.recoveries} routes without a new token; the last trouble "
+                    f"was: {why or 'none'}"
+                )
+            session.begin_epoch(await self._find_route())
+            self._troubles.clear()
+            failed = await self._try_route()
+            if failed is None:
+                break
+            self._suspect(list(failed))
+            replaced |= dict.fromkeys(failed)
+            why = why or "; ".join(failed.values())
+        if self._restart is not None and self._running:
+            self._record(position, tuple(replaced), why, self._restart)
+        self._running = True
+        for stage in session.route:
+            self._suspects.pop(stage.peer, None)
+        self._dismiss(peer for peer in self.stages_opened if all(s.peer != peer for s in session.route))
+
+    async def _try_route(self) -> dict[PeerId, str] | None:
+        """Open, resume and replay over the session's route; None when all went well, else who failed."""
+        session, route = self.session, self.session.route
+        for stage in route:
+            self.stages_opened[stage.peer] = None
+            self._addrs[stage.peer] = self._services.view.addrs(stage.peer) or self._addrs.get(stage.peer, ())
+            if stage.peer != self._me:
+                self._services.links.addrs[stage.peer] = self._addrs[stage.peer]
+        opens = session.opens(self._addrs)
+        replies = await self._each([partial(self._open, *pair) for pair in zip(route, opens, strict=True)])
+        good = [reply for reply in replies if not isinstance(reply, MycelError)]
+        if len(good) < len(route):
+            return self._failures(route, replies)
+        if session.adopt(good, trio.current_time()):
+            self._on_tokens()
+        restart = self._restart = session.plan_resume(good)
+        if session.epoch > 1:
+            pairs = zip(route, restart.resumes, strict=True)
+            answers = await self._each([partial(self._resume, *pair) for pair in pairs])
+            if any(isinstance(answer, MycelError) for answer in answers):
+                return self._failures(route, answers)
+        for frame in restart.frames:
+            self._services.links.send(route[0].peer, frame)
+        session.pace.restart(trio.current_time())
+        return None
+
+    def _failures(self, route: Sequence[RouteStage], answers: Sequence[object]) -> dict[PeerId, str]:
+        """Whose answer was a failure; a stage that only lagged behind an epoch is not to blame."""
+        return {
+            stage.peer: str(answer)
+            for stage, answer in zip(route, answers, strict=True)
+            if isinstance(answer, MycelError)
+            and not (isinstance(answer, Refused) and answer.reason in ("unkept", "stale"))
+        }
+
+    async def _open(self, stage: RouteStage, opened: Open) -> OpenReply:
+        timing = self.session.timing
+        limit = self._limit(timing.reopen_s if self._running else timing.open_s, stage.peer)
+        return await self._call(stage.peer, OPEN, opened, limit)
+
+    async def _resume(self, stage: RouteStage, resume: Resume) -> None:
+        limit = self._limit(self.session.timing.reopen_s, stage.peer)
+        await self._call(stage.peer, RESUME, resume, limit)
+
+    async def _find_route(self) -> tuple[RouteStage, ...]:
+        """The best route there is; waits a while for somebody to come when there is none.
+
+        Peers that did not answer are taken again after a moment, where nobody else can be.
+        """
+        since = trio.current_time()
+        while True:
+            now = trio.current_time()
+            fresh = [peer for peer, at in self._suspects.items() if now - at < RETRY_S or self._is_gone(peer)]
+            route = self._plan(list(self._suspects)) or self._plan(fresh)
+            if route is not None:
+                return route
+            if self._refused and self._plan(fresh, forgive=True) is not None:
+                raise GenerationFailed("; ".join(dict.fromkeys(self._refused.values())))
+            if now - since >= self.session.timing.holders_s:
+                raise self._services.view.missing(self._card, fresh)
+            gone = [peer for peer in self._addrs if self._is_gone(peer)]
+            with trio.move_on_after(RETRY_S):
+                await self._each([partial(self._reconnect, peer) for peer in gone])
+                await trio.sleep(RETRY_S)
+
+    def _plan(self, lost: Sequence[PeerId], *, forgive: bool = False) -> tuple[RouteStage, ...] | None:
+        view, session = self._services.view, self.session
+        avoid = [*lost, *([] if forgive else self._refused)]
+        offers = [offer for offer in view.offers(self._card) if not self._is_gone(offer.peer)]
+        if not session.route:
+            return plan_route(self._card.n_layers, offers, self._me, view.rtt, avoid)
+        return plan_repair(session.route, offers, self._me, view.rtt, avoid)
+
+    def _suspect(self, peers: Iterable[PeerId]) -> None:
+        self._suspects |= dict.fromkeys(peers, trio.current_time())
+
+    def _is_gone(self, peer: PeerId) -> bool:
+        return peer != self._me and peer not in self._services.links.mesh.peers
+
+    def _record(self, position: int, lost: tuple[PeerId, ...], why: str, restart: Restart) -> None:
+        replay = "chunked" if restart.chunked else "exact"
+        route = self.session.route
+        self.failovers.append(Failover(position, lost, why, route, 0.0, replay, restart.replayed_rows))
+
+    # --- calls
+
+    def _ring_rtt(self) -> float:
+        """Seconds that a token is on the wire on its way around the ring."""
+        route, rtt = self.session.route, self._services.view.rtt
+        return sum(rtt(route[i - 1].peer, route[i].peer) / 2 for i in range(len(route)))
+
+    def _limit(self, seconds: float, peer: PeerId) -> float:
+        return seconds + self.session.timing.round_trips * self._services.view.rtt(self._me, peer)
+
+    async def _call(self, peer: PeerId, method: Method[Req, Res], request: Req, limit_s: float) -> Res:
+        with trio.move_on_after(limit_s):
+            if self._is_gone(peer):
+                await self._reconnect(peer)
+            return await self._services.rpc.call(peer, method, request, deadline_s=limit_s)
+        raise DeadlineExceeded(f"{peer} did not answer {method.name} within {limit_s:.2f} s")
+
+    async def _reconnect(self, peer: PeerId) -> None:
+        addrs = self._addrs.get(peer)
+        if not addrs:
+            raise ConnectionLost(f"{peer} is not connected")
+        await self._services.links.mesh.connect(addrs)
+
+    async def _each(self, calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T | MycelError]:
+        """All calls at once; each one's result or failure, in order."""
+        results: dict[int, T | MycelError] = {}
+
+        async def one(index: int, call: Callable[[], Awaitable[T]]) -> None:
+            try:
+                results[index] = await call()
+            except MycelError as error:
+                results[index] = error
+
+        async with trio.open_nursery() as nursery:
+            for index, call in enumerate(calls):
+                nursery.start_soon(one, index, call)
+        return [results[index] for index in range(len(calls))]
+
+    # --- the end
+
+    def dismiss_all(self) -> None:
+        """Tell every stage that ever had the session to free it."""
+        self._dismiss(list(self.stages_opened))
+
+    def _dismiss(self, peers: Iterable[PeerId]) -> None:
+        for peer in list(peers):
+            del self.stages_opened[peer]
+            self._services.start_soon(self._close, peer)
+
+    async def _close(self, peer: PeerId) -> None:
+        with suppress(MycelError):
+            if not self._is_gone(peer):
+                name = SessionName(self.session.job.session)
+                await self._services.rpc.call(peer, CLOSE, name, deadline_s=CLOSE_S)
