@@ -233,6 +233,7 @@ class Link:
                     self._wake_writer()
                     return
         except PipeBroken as error:
+            self._blocked = True  # nothing more is sent, not even why
             self._on_eof(str(error))
 
     def flush_soon(self) -> None:
