@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 import trio
 
+from mycel.node.host import Host
+from mycel.node.tcp import TcpNetwork
+from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import DEFAULT_CALL_LIMITS, CallLimits
 from mycel.protocol.mesh import Access, Mesh, PeerId
+from mycel.protocol.network import Network
 from mycel.protocol.rpc import Rpc
+from mycel.simnet.internet import InternetOptions, internet
+from mycel.simnet.link import LinkOptions
 from mycel.simnet.mesh import MeshOptions, mesh_world
+from mycel.simnet.network import SimNetwork
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -61,7 +68,46 @@ async def sim_meshes(access: Access) -> AsyncIterator[tuple[Mesh, Mesh]]:
         yield world.add("near", access=access), world.add("far")
 
 
-WORLDS: dict[str, Callable[[Access], Meshes]] = {"sim-mesh": sim_meshes}
+@asynccontextmanager
+async def hosts(
+    networks: Sequence[Network], ips: Sequence[str], access: Access
+) -> AsyncIterator[tuple[Mesh, Mesh]]:
+    """Two hosts, each listening on its IP address; the first has the role `access` at the second."""
+    keys = [OwnKey(bytes([number]) * 32) for number in (1, 2)]
+    roles = [Access.MEMBER, access]
+    near, far = (
+        Host(network, key, listen=[f"/ip4/{ip}/tcp/0"], default_access=role)
+        for network, key, ip, role in zip(networks, keys, ips, roles, strict=True)
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(near.run)
+        await nursery.start(far.run)
+        yield near, far
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def tcp_hosts(access: Access) -> AsyncIterator[tuple[Mesh, Mesh]]:
+    """Two hosts over loopback."""
+    async with hosts([TcpNetwork(), TcpNetwork()], ["127.0.0.1"] * 2, access) as meshes:
+        yield meshes
+
+
+@asynccontextmanager
+async def sim_hosts(access: Access) -> AsyncIterator[tuple[Mesh, Mesh]]:
+    """Two hosts in the simulated internet."""
+    async with internet(InternetOptions(seed=1, link=LinkOptions(latency_s=0.0002))) as net:
+        machines = [net.add("near"), net.add("far")]
+        networks = [SimNetwork(machine) for machine in machines]
+        async with hosts(networks, [machine.ips[0] for machine in machines], access) as meshes:
+            yield meshes
+
+
+WORLDS: dict[str, Callable[[Access], Meshes]] = {
+    "sim-mesh": sim_meshes,
+    "tcp-host": tcp_hosts,
+    "sim-host": sim_hosts,
+}
 
 
 @pytest.fixture(params=WORLDS)
