@@ -190,7 +190,7 @@ class Flow:
         while self._edges and self._edges[0][0] <= now:
             self._edge = self._edges.popleft()[1]
         count = min(count, self.unsent, self._edge - self.sent)
-        if count <= 0 or not self.source.is_running:
+        if count <= 0 or not self.source.is_on:
             self._window_shut = self.unsent > 0
             if self._window_shut and self._edges:
                 self._wake_later(self._edges[0][0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -101,6 +101,7 @@ class Machine:
         self.is_paused = False
         self._listeners: dict[Address, SimListener] = {}
         self._pipes: dict[tuple[Address, Address], SimPipe] = {}
+        self._programs: list[trio.CancelScope] = []
         self._next_port = 0
 
     def __repr__(self) -> str:
@@ -193,8 +194,17 @@ class Machine:
 
     # -- what can befall it ------------------------------------------------------------------------------
 
+    async def run(self, program: Callable[[], Awaitable[None]]) -> None:
+        """Run `program` on this machine until it ends, or the machine crashes or vanishes under it."""
+        with trio.CancelScope() as scope:
+            self._programs.append(scope)
+            try:
+                await program()
+            finally:
+                self._programs.remove(scope)
+
     def crash(self) -> None:
-        """The program dies and the kernel resets its connections: others notice in one latency."""
+        """Its programs die and the kernel resets their connections: others notice in one latency."""
         self.internet.trace.note("crash", self.name, self.name)
         self._drop_all("is gone: the program crashed", reset=True)
 
@@ -218,7 +228,10 @@ class Machine:
             self.internet.retry_held()
 
     def pause(self) -> None:
-        """Stop its programs (SIGSTOP, a laptop's lid): the kernel acknowledges, nobody reads or writes."""
+        """Stop its programs (SIGSTOP, a laptop's lid): the kernel acknowledges, nobody reads or writes.
+
+        Their timers go on, for they are this process's; but nothing of them shows outside.
+        """
         self.internet.trace.note("pause", self.name, self.name)
         self.is_paused = True
 
@@ -236,3 +249,6 @@ class Machine:
             listener.close()
         for pipe in self.pipes:
             pipe.die(why, reset=reset)
+        # Connections first: what a dying program wants to say must reach nobody.
+        for scope in self._programs:
+            scope.cancel()

@@ -14,7 +14,7 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.protocol.address import endpoint_of
-from mycel.protocol.errors import ConnectionLost, DialError, LimitExceeded
+from mycel.protocol.errors import ConnectionLost, DialError, LimitExceeded, LocalProtocolError, StreamReset
 from mycel.protocol.limits import DEFAULT_LIMITS
 from mycel.protocol.mesh import (
     Access,
@@ -165,7 +165,9 @@ class SimMesh:
         return end.open_stream(protocol)
 
     def serve_stream(self, protocol: str, handler: StreamHandler, *, access: Access = Access.MEMBER) -> None:
-        """See `Mesh.serve_stream`."""
+        """See `Mesh.serve_stream`. Raises `LocalProtocolError` where `protocol` is served already."""
+        if protocol in self._handlers:
+            raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
         self._handlers[protocol] = (handler, access)
 
     def handler_of(self, protocol: str) -> tuple[StreamHandler, Access] | None:
@@ -183,9 +185,13 @@ class SimMesh:
             self._scopes[id(scope)] = scope
             try:
                 await handler(stream)
+            except (StreamReset, ConnectionLost):
+                stream.reset()  # the peer went away in the middle: nobody's failure
             except Exception as error:  # boundary: a handler's failure ends its own stream only
                 self.count_error(stream.protocol, error)
                 stream.reset()
+            else:
+                await stream.aclose()
             finally:
                 del self._scopes[id(scope)]
 

@@ -67,6 +67,8 @@ class SimPipe:
         """See `Pipe.try_send`."""
         self._check()
         self._check_reset()
+        if not self.machine.is_running:
+            return 0
         return self._out.put(memoryview(data).cast("B"))
 
     def try_recv_into(self, buffer: memoryview | bytearray) -> int | None:
@@ -86,7 +88,7 @@ class SimPipe:
         """See `Pipe.wait_writable`."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check()
-        if self._reset_by_peer is None and not self._out.is_writable:
+        if not self.is_writable:
             self._out.watch_room()
             await self._writable.wait()
         else:
@@ -108,6 +110,11 @@ class SimPipe:
         """Whether `try_recv_into` would return a number or raise."""
         news = self._into.unread > 0 or self._into.ended or self._reset_by_peer is not None
         return news and self.machine.is_running
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether `try_send` would take a byte or raise."""
+        return self.machine.is_running and (self._reset_by_peer is not None or self._out.is_writable)
 
     def close(self) -> None:
         """See `Pipe.close`."""
@@ -143,9 +150,10 @@ class SimPipe:
 
     def resume(self) -> None:
         """The machine runs again after a pause."""
-        self._out.offer()
         if self.has_news:
             self._readable.wake()
+        if self.is_writable:
+            self._writable.wake()
 
     def _on_reset(self, why: str) -> None:
         if self._reset_by_peer is None:
