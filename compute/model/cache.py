@@ -1,14 +1,14 @@
 """What a stage remembers of a session: keys and values of its own layers, and how many rows it has seen.
 
-Theory of operation. The model's own code drives a transformers `Cache`; ours looks to it like the cache of the
-whole model. Foreign layers hold nothing. The length is counted here, because a middle stage has no layer 0 to
-ask for it. Full-attention layers write into buffers that grow by an eighth, sliding ones into a buffer of
-their window and some slack, so that a decode step copies one row and not the whole past; what they hand to
-attention are views with exactly the rows transformers' own layers would hand out, in the same order.
+Theory of operation. The model's own code drives a transformers `Cache`; ours looks to it like the cache of
+the whole model. Foreign layers hold nothing. The length is counted here, because a middle stage has no layer
+0 to ask for it. Full-attention layers write into buffers that grow by an eighth, sliding ones into a buffer
+of their window and some slack, so that a decode step copies one row and not the whole past; what they hand
+to attention are views with exactly the rows transformers' own layers would hand out, in the same order.
 
-Growing is done before a forward (`reserve`), for all layers at once: a session that finds no memory is refused
-with its cache unharmed. Layers of other kinds (recurrent states, indexed attention) keep transformers' classes;
-they have a fixed size or one that is only measured, and cannot be rewound.
+Growing is done before a forward (`reserve`), for all layers at once: a session that finds no memory is
+refused with its cache unharmed. Layers of other kinds (recurrent states, indexed attention) keep
+transformers' classes; they have a fixed size or one that is only measured, and cannot be rewound.
 """
 
 from __future__ import annotations
@@ -61,8 +61,15 @@ class RowShape:
         """Bytes of one row, key and value."""
         return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * self.dtype.itemsize
 
+    def buffers(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value memory for `capacity` rows, uninitialised: [1, heads, capacity, width]."""
+        return (
+            torch.empty(1, self.key[0], capacity, self.key[1], dtype=self.dtype, device=self.device),
+            torch.empty(1, self.value[0], capacity, self.value[1], dtype=self.dtype, device=self.device),
+        )
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+
+class GrowingLayer(DynamicLayer):
     """`DynamicLayer` over buffers [1, heads, capacity, width] that are appended to in place."""
 
     def __init__(self) -> None:
@@ -87,9 +94,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def _resize(self, capacity: int) -> None:
         shape = self.shape
         assert shape is not None
-        sides = {"dtype": shape.dtype, "device": shape.device}
-        key = torch.empty(1, shape.key[0], capacity, shape.key[1], **sides)
-        value = torch.empty(1, shape.value[0], capacity, shape.value[1], **sides)
+        key, value = shape.buffers(capacity)
         if self.length:
             key[:, :, : self.length] = self.key_buffer[:, :, : self.length]
             value[:, :, : self.length] = self.value_buffer[:, :, : self.length]
@@ -133,11 +138,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.planned(rows) * shape.nbytes
 
 
-class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class WindowLayer(DynamicSlidingWindowLayer):
     """`DynamicSlidingWindowLayer` over a buffer of the window and some slack.
 
-    Rows are appended in place until the slack is used up, then the rows still needed move to the front. Attention
-    gets the last `sliding_window - 1` rows and the new ones, as from transformers' own class.
+    Rows are appended in place until the slack is used up, then the rows still needed move to the front.
+    Attention gets the last `sliding_window - 1` rows and the new ones, as from transformers' own class.
     """
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
@@ -173,9 +178,7 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
             return
         capacity = self.planned(rows)
         moved = min(held, self.kept)
-        sides = {"dtype": self.shape.dtype, "device": self.shape.device}
-        key = torch.empty(1, self.shape.key[0], capacity, self.shape.key[1], **sides)
-        value = torch.empty(1, self.shape.value[0], capacity, self.shape.value[1], **sides)
+        key, value = self.shape.buffers(capacity)
         if moved:
             key[:, :, :moved] = self.key_buffer[:, :, held - moved : held]
             value[:, :, :moved] = self.value_buffer[:, :, held - moved : held]
@@ -278,19 +281,29 @@ def plan_layers(config: PretrainedConfig) -> tuple[LayerPlan, ...]:
     )
 
 
-class SessionCache(DynamicCache):  # type: ignore[misc]
+def no_layer() -> Any:
+    """Where a foreign layer's cache would be."""
+    untyped: Any = DummyLayer
+    return untyped()
+
+
+class SessionCache(DynamicCache):
     """One session's cache over the layers of `span`; to the model it looks like that of all layers."""
 
     def __init__(self, plans: Sequence[LayerPlan], span: Span) -> None:
         Cache.__init__(
             self,
             layers=[
-                plan.make() if span.start <= i < span.end else DummyLayer() for i, plan in enumerate(plans)
+                plan.make() if span.start <= i < span.end else no_layer() for i, plan in enumerate(plans)
             ],
         )
         self.span = span
         self.length = 0
         """Rows all own layers have taken in."""
+
+    def own_layer(self, index: int) -> Any:
+        """The cache of the model's layer `index`."""
+        return self.layers[index]
 
     @property
     def own(self) -> list[Any]:
@@ -322,41 +335,40 @@ class SessionCache(DynamicCache):  # type: ignore[misc]
             for layer in self.own
         )
 
-    def bytes_after(self, rows: int, shapes: Sequence[RowShape | None]) -> int:
-        """Bytes allocated once `rows` more are in; `shapes` per own layer, as far as known."""
+    def bytes_after(self, rows: int, shapes: Sequence[RowShape | int]) -> int:
+        """Bytes allocated once `rows` more are in; `shapes` per own layer, as `shapes()` of a used cache."""
         total = 0
         for layer, shape in zip(self.own, shapes, strict=True):
-            if isinstance(layer, (GrowingLayer, WindowLayer)):
-                total += layer.bytes_after(rows, shape) if shape else layer.nbytes()
-            else:
-                total += measured_bytes(layer)
+            if isinstance(layer, (GrowingLayer, WindowLayer)) and isinstance(shape, RowShape):
+                total += layer.bytes_after(rows, shape)
+            elif isinstance(shape, int):
+                total += measured_bytes(layer) or shape
         return total
 
-    def reserve(self, rows: int, shapes: Sequence[RowShape | None]) -> None:
+    def reserve(self, rows: int, shapes: Sequence[RowShape | int]) -> None:
         """Allocate what `rows` more rows need, before any layer computes."""
         for layer, shape in zip(self.own, shapes, strict=True):
-            if shape is not None and isinstance(layer, (GrowingLayer, WindowLayer)):
+            if isinstance(layer, (GrowingLayer, WindowLayer)) and isinstance(shape, RowShape):
                 layer.reserve(rows, shape)
 
-    def shapes(self) -> tuple[RowShape | None, ...]:
-        """Row shapes of the own layers, as far as known."""
+    def shapes(self) -> tuple[RowShape | int, ...]:
+        """Per own layer: what its rows look like, or the bytes of a state of fixed size."""
         return tuple(
-            layer.shape if isinstance(layer, (GrowingLayer, WindowLayer)) else None for layer in self.own
+            layer.shape or 0 if isinstance(layer, (GrowingLayer, WindowLayer)) else measured_bytes(layer)
+            for layer in self.own
         )
 
-    def rewind(self, position: int) -> None:
-        """Cut back to rows [0:position). Raises `ModelUnsupported` where a layer cannot, with nothing changed."""
+    def check_rewind(self, position: int) -> None:
+        """Raise `ValueError` for a position there is not, `ModelUnsupported` where a layer cannot go."""
         rows = self.length - position
-        if rows < 0:
+        if not 0 <= rows <= self.length:
             raise ValueError(f"cannot rewind to position {position}: the session has {self.length} rows")
-        if rows == 0:
-            return
         for index, layer in enumerate(self.own, self.span.start):
-            if isinstance(layer, DummyLayer):
+            if rows == 0 or isinstance(layer, DummyLayer):
                 continue
             if not isinstance(layer, (GrowingLayer, WindowLayer)):
                 raise ModelUnsupported(
-                    f"layer {index} keeps a recurrent state ({type(layer).__name__}), which cannot be rewound; "
+                    f"layer {index} keeps a state ({type(layer).__name__}) that cannot be rewound; "
                     "begin the session again from position 0"
                 )
             if not layer.can_rewind(rows):
@@ -364,7 +376,11 @@ class SessionCache(DynamicCache):  # type: ignore[misc]
                     f"layer {index} has a sliding window and no longer holds what stood before position "
                     f"{position}; begin the session again from position 0"
                 )
+
+    def rewind(self, position: int) -> None:
+        """Cut back to rows [0:position). Raises as `check_rewind`, with nothing changed."""
+        self.check_rewind(position)
         for layer in self.own:
             if isinstance(layer, (GrowingLayer, WindowLayer)):
-                layer.rewind(rows)
+                layer.rewind(self.length - position)
         self.length = position

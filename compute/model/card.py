@@ -1,7 +1,8 @@
 """A model's card: what everybody needs to know of it, read without its weights.
 
-Sizes come from the model class built on torch's meta device, not from guesses over tensor names; the rest from
-config.json and generation_config.json. Two peers whose cards carry the same fingerprint hold the same files.
+Sizes come from the model class built on torch's meta device, not from guesses over tensor names; the rest
+from config.json and generation_config.json. Two peers whose cards carry the same fingerprint hold the same
+files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from mycel.compute.engine import ModelCard, ModelUnsupported
-from mycel.compute.model import checkpoint, split
+from mycel.compute.model import checkpoint, survey
 from mycel.compute.model.cache import LayerPlan, plan_layers
 
 POSITIONS_UNBOUNDED = 1 << 30
@@ -32,7 +33,7 @@ class Described:
     card: ModelCard
     source: checkpoint.Source
     config: PretrainedConfig
-    anatomy: split.Anatomy
+    anatomy: survey.Anatomy
     plans: tuple[LayerPlan, ...]
 
 
@@ -50,7 +51,7 @@ def describe(model: str) -> Described:
     config = read_config(source)
     dtype = checkpoint_dtype(source, config)
     try:
-        anatomy = split.examine(config, getattr(torch, dtype).itemsize)
+        anatomy = survey.examine(config, getattr(torch, dtype).itemsize)
     except ModelUnsupported as error:
         raise ModelUnsupported(f"{source.name}: {error}") from error
     plans = plan_layers(config)
@@ -58,7 +59,7 @@ def describe(model: str) -> Described:
     card = ModelCard(
         name=source.name,
         fingerprint=source.fingerprint(),
-        architecture=split.causal_class(config).__name__,
+        architecture=survey.causal_class(config).__name__,
         n_layers=anatomy.n_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -79,7 +80,7 @@ def read_config(source: checkpoint.Source) -> PretrainedConfig:
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             str(source.directory), local_files_only=True, trust_remote_code=False
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -90,7 +91,7 @@ def read_config(source: checkpoint.Source) -> PretrainedConfig:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelUnsupported(
-            f"{source.name}: its weights are quantized ({method}); serve a bfloat16 or float32 checkpoint of it"
+            f"{source.name}: its weights are quantized ({method}); serve a bfloat16 or float32 checkpoint"
         )
     if config.is_encoder_decoder:
         raise ModelUnsupported(
@@ -100,7 +101,7 @@ def read_config(source: checkpoint.Source) -> PretrainedConfig:
 
 
 def checkpoint_dtype(source: checkpoint.Source, config: PretrainedConfig) -> str:
-    """What the checkpoint says its weights are: the config's dtype, else that of the first floating tensor."""
+    """What the checkpoint says its weights are: the config's dtype, else the first floating tensor's."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     if named is not None:
         return str(named).removeprefix("torch.")
@@ -125,11 +126,11 @@ def kv_row_bytes(text: PretrainedConfig, plans: tuple[LayerPlan, ...]) -> int:
     if not any(plan.kind != "dummy" and not plan.is_recurrent for plan in plans):
         return 0
     heads: int = getattr(text, "num_attention_heads")  # noqa: B009 - configs map names at run time
-    if getattr(text, "kv_lora_rank", None):
-        return heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    if getattr(text, "kv_lora_rank", None):  # latent attention caches what it expands later
+        return int(text.kv_lora_rank + text.qk_rope_head_dim)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     if hasattr(text, "multi_query"):  # falcon
-        kv_heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else heads
+        kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
     else:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
     return int(2 * kv_heads * width)
@@ -151,9 +152,9 @@ def eos_tokens(directory: Path, text: PretrainedConfig) -> tuple[int, ...]:
 
 
 def is_batchable(config: PretrainedConfig, plans: tuple[LayerPlan, ...]) -> bool:
-    """Whether several sessions can share a forward: attention goes through transformers' interface throughout.
+    """Whether sessions are likely to share a forward: attention can be swapped, no layer is recurrent.
 
-    A loaded stage verifies it by running two sessions both ways (see `mycel.compute.model.packed`).
+    A loaded stage finds out by trying (`mycel.compute.model.trial`); its own card says what came of it.
     """
-    module = sys.modules[split.causal_class(config).__module__]
+    module = sys.modules[survey.causal_class(config).__module__]
     return hasattr(module, "ALL_ATTENTION_FUNCTIONS") and all(plan.is_plain for plan in plans)

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def _cached(model: str, error: Exception) -> Source:
     """A hub model as far as this machine has it, when the hub did not answer."""
     try:
         directory = Path(snapshot_download(model, local_files_only=True))
-        source = _local(model, directory)
+        source = replace(_local(directory), name=model)
     except (LocalEntryNotFoundError, FileNotFoundError) as missing:
         raise FileNotFoundError(
             f"{model!r} is no directory, the hub gave no such model ({error}), "

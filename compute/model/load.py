@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,9 +23,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as transformers_logging
 
 from mycel.compute.engine import ModelUnsupported, Span, StageInfo, StageSpec
-from mycel.compute.model import checkpoint, split
+from mycel.compute.model import checkpoint, split, survey
 from mycel.compute.model.card import DTYPES, Described, describe
+from mycel.compute.model.forward import Forward
 from mycel.compute.model.stage import Stage
+from mycel.compute.model.trial import try_out
 
 Progress = Callable[[float, str], None]
 
@@ -32,8 +35,8 @@ Progress = Callable[[float, str], None]
 def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
     """Load the layers `spec.span` of `spec.model`. `progress` gets (fraction, what).
 
-    Raises `FileNotFoundError` (no such model), `ModelUnsupported` (it cannot be loaded or cut, or its files are
-    damaged; the text names the tensor), `ValueError` (a span, dtype or device that makes no sense).
+    Raises `FileNotFoundError` (no such model), `ModelUnsupported` (it cannot be loaded or cut, or its files
+    are damaged; the text names the tensor), `ValueError` (a span, dtype or device that makes no sense).
     """
     say = progress or (lambda fraction, what: None)
     began = time.perf_counter()
@@ -46,23 +49,21 @@ def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
         torch.set_num_threads(spec.threads or len(os.sched_getaffinity(0)))
     model = load_weights(described, span, dtype, say)
     say(0.9, f"moving to {device}")
-    model.to(device)
-    weight_bytes = sum(tensor.nbytes for tensor in model.parameters()) + sum(
-        b.nbytes for b in model.buffers()
-    )
+    torch.nn.Module.to(model, device)
+    forward = Forward(model, described.anatomy, described.plans)
+    say(0.95, "trying it out")
+    with torch.inference_mode():
+        trial = try_out(forward, span, described.card.hidden_size, described.card.vocab_size)
     info = StageInfo(
-        card=described.card,
+        card=msgspec.structs.replace(described.card, batchable=trial.way is not None),
         span=span,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        weight_bytes=weight_bytes,
-        load_s=0.0,
+        weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
+        load_s=time.perf_counter() - began,
     )
-    stage = Stage(model, info, described.anatomy, described.plans, spec.kv_bytes_max)
-    say(0.95, "trying it out")
-    stage.warm_up(began)
     say(1.0, "ready")
-    return stage
+    return Stage(forward, trial, info, spec.kv_bytes_max)
 
 
 def check_span(described: Described, span: Span | None) -> Span:
@@ -112,8 +113,8 @@ def choose_dtype(described: Described, asked: str) -> torch.dtype:
 def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Progress) -> PreTrainedModel:
     """The gated model of `span` on the CPU, every weight from the checkpoint."""
     name, config = described.card.name, described.config
-    stage_class = split.stage_class(described.anatomy, split.causal_class(config), span)
-    wanted = wanted_tensors(stage_class, config, list(described.source.weight_map))
+    builder: Any = split.stage_class(described.anatomy, survey.causal_class(config), span)
+    wanted = wanted_tensors(builder, config, list(described.source.weight_map))
     say(0.05, f"fetching {len({described.source.weight_map[tensor] for tensor in wanted})} files")
     source = checkpoint.fetch(described.source, wanted)
     total = max(1, len(wanted))
@@ -127,7 +128,7 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
     tensors, opened = checkpoint.open_tensors(source, wanted, count)
     try:
         with quiet_transformers():
-            model, report = stage_class.from_pretrained(
+            model, report = builder.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
     except (RuntimeError, SafetensorError, ValueError, OSError) as error:
@@ -136,16 +137,17 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
         for handle in opened:
             handle.__exit__(None, None, None)
     check_complete(name, model, report)
-    model.eval()
-    model.requires_grad_(False)
-    return model
+    loaded: PreTrainedModel = model
+    loaded.eval()
+    loaded.requires_grad_(False)
+    return loaded
 
 
 def wanted_tensors(
     stage_class: type[PreTrainedModel], config: PretrainedConfig, names: list[str]
 ) -> list[str]:
     """Names in the checkpoint whose tensors the gated model has a place for."""
-    empty = split.build_empty(stage_class, config)
+    empty = survey.build_empty(stage_class, config)
     places = empty.state_dict()
     conversions = get_model_conversion_mapping(empty)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -160,7 +162,7 @@ def wanted_tensors(
 
 
 def check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raise `ModelUnsupported` unless every parameter and buffer came from the checkpoint or the model's code.
+    """Raise `ModelUnsupported` unless every parameter came from the checkpoint, every buffer from somewhere.
 
     Without this a tensor that is missing would silently be random.
     """
@@ -168,7 +170,7 @@ def check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) ->
         found = sorted(str(entry) for entry in report[key])
         if found:
             raise ModelUnsupported(
-                f"{name}: {len(found)} tensors are {what} its checkpoint, the first is {found[0]}; fetch it again"
+                f"{name}: {len(found)} tensors are {what} its checkpoint, first {found[0]}; fetch it again"
             )
     problems = [*report.get("error_msgs", []), *map(str, (report.get("conversion_errors") or {}).values())]
     if problems:

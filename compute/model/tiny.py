@@ -73,7 +73,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _GATED | {"pad_token_id": 0},
     "glm4": _GATED | {"head_dim": 8, "pad_token_id": 0},
     "gpt_oss": _GATED
-    | {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _SLIDING},
+    | {"head_dim": 8, "sliding_window": 8, "layer_types": _SLIDING}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": _GATED
     | {
         "num_key_value_heads": 4,

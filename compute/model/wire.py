@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mycel.protocol.tensor import Tensor
@@ -20,7 +22,7 @@ def tensor_from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype) -
     if found is None:
         raise ValueError(f"hidden states are float32, bfloat16 or float16, not {tensor.dtype}")
     held = torch.empty(1, *tensor.shape, dtype=found)
-    memoryview(held.view(torch.uint8).numpy()).cast("B")[:] = memoryview(tensor.data).cast("B")
+    raw_bytes(held)[:] = memoryview(tensor.data).cast("B")
     return held.to(device=device, dtype=dtype)
 
 
@@ -30,4 +32,10 @@ def tensor_to_wire(hidden: torch.Tensor) -> Tensor:
     name = NAMES.get(held.dtype)
     if name is None:
         raise ValueError(f"hidden states of dtype {held.dtype} have no form on the wire")
-    return Tensor(name, tuple(held.shape), memoryview(held.view(torch.uint8).numpy()).cast("B"))
+    return Tensor(name, tuple(held.shape), raw_bytes(held))
+
+
+def raw_bytes(held: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory; the view keeps the tensor alive."""
+    array: Any = held.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
