@@ -7,6 +7,7 @@ to-do list. docs/architecture.md says why the rules are as they are.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -68,23 +69,28 @@ class Source:
 @cache
 def sources() -> tuple[Source, ...]:
     """Every module of the package: rooms and front door, generated ones left out."""
-    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-    paths += sorted((ROOT / "src" / "mycel").glob("*.py"))
     found = []
-    for path in paths:
-        if not path.name.endswith("_pb2.py"):
-            text = path.read_text(encoding="utf-8")
-            found.append(Source(path.relative_to(ROOT).as_posix(), text, ast.parse(text, path.name)))
+    for path in python_files(*ROOMS, "src/mycel"):
+        text = path.read_text(encoding="utf-8")
+        found.append(Source(path.relative_to(ROOT).as_posix(), text, ast.parse(text, path.name)))
     return tuple(found)
 
 
 @cache
 def all_python() -> tuple[Path, ...]:
     """Every Python file of the project, tests and benchmarks included."""
-    folders = (*ROOMS, "src/mycel", "tests", "bench", "scripts", "examples")
-    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    kept = (path for path in paths if not path.name.endswith("_pb2.py") and "node_modules" not in path.parts)
-    return tuple(dict.fromkeys(path for path in kept if path.resolve() == path))
+    return python_files(*ROOMS, "src/mycel", "tests", "bench", "scripts", "examples")
+
+
+def python_files(*folders: str) -> tuple[Path, ...]:
+    """Python files under `folders`, without generated ones, foreign ones, and those behind links."""
+    return tuple(
+        Path(folder, name)
+        for top in folders
+        for folder, _, names in sorted(os.walk(ROOT / top))
+        for name in sorted(names)
+        if name.endswith(".py") and not name.endswith("_pb2.py") and "node_modules" not in folder
+    )
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:

@@ -190,7 +190,7 @@ def test_any_body_with_a_fitting_checksum_is_refused(body: bytes) -> None:
         ({"bootstrap": [ADDR] * (BOOTSTRAP_MAX + 1)}, "addresses"),
         (
             {"bootstrap": [Multiaddr("/dns4/" + ".".join(["a" * 60] * 4) + "/tcp/1" + "/tcp/2" * 10)]},
-            "bootstrap",
+            "addresses",
         ),
     ],
 )
