@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-NOT_BENCHES = ("run", "measure")
+NOT_BENCHES = ("run", "measure", "rpc_far")
 
 
 def main() -> None:
