@@ -225,7 +225,10 @@ class Link:
             return
         connection = self._connection
         try:
-            while view := connection.outgoing():
+            while connection.has_output:
+                view = connection.outgoing()
+                if not view:
+                    return
                 count = self._pipe.try_send(view)
                 connection.sent(count)
                 if count < len(view):
@@ -235,11 +238,6 @@ class Link:
         except PipeBroken as error:
             self._blocked = True  # nothing more is sent, not even why
             self._on_eof(str(error))
-
-    def flush_soon(self) -> None:
-        """Flush in a moment, together with what else is sent until then."""
-        if not self._corked and not self._blocked:
-            self._wake_writer()
 
     def is_turn_over(self) -> bool:
         """Whether senders that found room did so often enough in a row to let other tasks run now."""
@@ -313,7 +311,8 @@ class Link:
 
     def on_slot(self) -> None:
         """See `session.Observer`."""
-        self._slots.unpark()
+        if self._slots:
+            self._slots.unpark()
 
     def on_go_away(self, code: int) -> None:
         """See `session.Observer`."""

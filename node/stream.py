@@ -141,7 +141,8 @@ class HostStream:
         """See `Stream.aclose`."""
         self._lose(StreamClosed("this side closed the stream; open another one"))
         self._channel.forget()
-        self._link.flush_soon()
+        if not self._channel.fin_received:
+            self._link.flush()  # else the peer waits for nothing more: the end may ride on what is sent next
         if self._link.is_turn_over():
             await trio.lowlevel.cancel_shielded_checkpoint()
 
@@ -187,8 +188,8 @@ class HostStream:
 
     def credit(self, count: int) -> None:
         """See `Stream.credit`."""
-        self._channel.credit(count)
-        self._link.flush()
+        if self._channel.credit(count):
+            self._link.flush()
 
     async def _wait_for_data(self) -> None:
         if self._reader is not None:
@@ -208,8 +209,8 @@ class HostStream:
         if len(piece) > max_bytes:
             self._inbox.appendleft(piece[max_bytes:])
             piece = piece[:max_bytes]
-        self._channel.credit(len(piece))
-        self._link.flush()
+        if self._channel.credit(len(piece)):
+            self._link.flush()
         return piece
 
     # What the channel calls
@@ -267,7 +268,11 @@ class HostStream:
     def _lose(self, error: MycelError) -> None:
         """No more will arrive. After an end in order, or where the connection was lost, what did arrive can
         still be read; a reset throws it away."""
-        if self._error is not None or (self._ended and not isinstance(error, StreamClosed)):
+        if self._error is not None:
+            return
+        if self._ended and not isinstance(error, StreamClosed):
+            if self._receiver is not None:
+                self._tell_end(error)
             return
         self._error = error
         if not isinstance(error, ConnectionLost):

@@ -152,9 +152,10 @@ class Channel:
             self.finish()
             self._session.linger(self)
 
-    def credit(self, count: int) -> None:
-        """The reader dealt with `count` bytes: the peer may send as many more."""
-        self._session.credit(self, count)
+    def credit(self, count: int) -> bool:
+        """The reader dealt with `count` bytes: the peer may send as many more. True where it is to be told
+        now, so that a flush is due."""
+        return self._session.credit(self, count)
 
     def emit(self, view: memoryview, offset: int, count: int) -> None:
         """Copy `count` queued bytes into `view` at `offset`: the body of one frame."""

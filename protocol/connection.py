@@ -218,6 +218,16 @@ class Connection:
 
     # Out
 
+    @property
+    def has_output(self) -> bool:
+        """Whether `outgoing` may have anything."""
+        if self._raw:
+            return True
+        outlet = self._outlet
+        if outlet is None:
+            return False
+        return not outlet.empty or (self._session is not None and self._session.has_output)
+
     def outgoing(self) -> memoryview:
         """Bytes for the pipe, as many as one call should take; empty when there is nothing to send."""
         if self._raw_sent < len(self._raw):

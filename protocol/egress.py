@@ -43,6 +43,11 @@ class Egress:
         self.swamped = False
         """The peer made this side owe it more short frames than the bound; it must be dropped."""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `fill` may have anything to write."""
+        return bool(self._control or self._ready)
+
     def put(self, channel: Channel, data: bytes | bytearray | memoryview, size: int, *, end: bool) -> bool:
         """Write `data` as one frame right away; False where it does not fit into the output now."""
         outlet = self._outlet

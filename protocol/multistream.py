@@ -8,6 +8,7 @@ no round trip. Both roles are machines here: bytes in, and what is left behind t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from mycel.protocol import varint
@@ -32,6 +33,7 @@ def message(text: str) -> bytes:
 _HEADER_MESSAGE = message(HEADER)
 
 
+@functools.lru_cache(maxsize=1024)
 def proposal(protocol: str) -> bytes:
     """What a lazy dialer sends ahead of its data, and what a listener that agrees sends ahead of its own."""
     return _HEADER_MESSAGE + message(protocol)
@@ -71,12 +73,12 @@ class _Messages:
 class Dialer:
     """The side that named `protocol` already (see `proposal`) and now reads the answer."""
 
-    __slots__ = ("_expected", "_messages", "_protocol", "_seen_header")
+    __slots__ = ("_limit", "_messages", "_protocol", "_seen_header")
 
     def __init__(self, protocol: str, limit: int = DEFAULT_LIMITS.multistream_message) -> None:
         self._protocol = protocol
-        self._expected = proposal(protocol)
-        self._messages = _Messages(limit)
+        self._limit = limit
+        self._messages: _Messages | None = None
         self._seen_header = False
 
     def receive(self, data: memoryview | bytes) -> memoryview | bytes | None:
@@ -84,17 +86,20 @@ class Dialer:
 
         Raises `Refused` (reason "protocol") for `na`, `RemoteProtocolError` for anything else.
         """
-        size = len(self._expected)
-        if not self._seen_header and not self._messages._held and data[:size] == self._expected:
-            return data[size:]
-        self._messages.feed(data)
-        while (text := self._messages.next()) is not None:
+        messages = self._messages
+        if messages is None:
+            expected = proposal(self._protocol)
+            if data[: len(expected)] == expected:
+                return data[len(expected) :]
+            messages = self._messages = _Messages(self._limit)
+        messages.feed(data)
+        while (text := messages.next()) is not None:
             if not self._seen_header:
                 if text != HEADER:
                     raise RemoteProtocolError(f"expected {HEADER}, got {text[:80]!r}")
                 self._seen_header = True
             elif text == self._protocol:
-                return self._messages.rest()
+                return messages.rest()
             elif text == NA:
                 raise Refused(f"the peer does not speak {self._protocol}", reason="protocol")
             else:
@@ -105,13 +110,14 @@ class Dialer:
 class Listener:
     """The side that is asked. `speaks` says which protocols it agrees to."""
 
-    __slots__ = ("_fast", "_messages", "_proposals", "_said_header", "_speaks", "protocol")
+    __slots__ = ("_limit", "_messages", "_proposals", "_said_header", "_speaks", "protocol")
 
     def __init__(
         self, speaks: Callable[[str], bool], limit: int = DEFAULT_LIMITS.multistream_message
     ) -> None:
         self._speaks = speaks
-        self._messages = _Messages(limit)
+        self._limit = limit
+        self._messages: _Messages | None = None
         self._proposals = 0
         self._said_header = False
         self.protocol: str | None = None
@@ -121,9 +127,16 @@ class Listener:
 
         Raises `RemoteProtocolError` for malformed or endless proposals.
         """
-        self._messages.feed(data)
+        messages = self._messages
+        if messages is None:
+            end = self._match(data)
+            if end:
+                assert self.protocol is not None
+                return proposal(self.protocol), data[end:]
+            messages = self._messages = _Messages(self._limit)
+        messages.feed(data)
         answer = b""
-        while self.protocol is None and (text := self._messages.next()) is not None:
+        while self.protocol is None and (text := messages.next()) is not None:
             if not self._said_header:
                 if text != HEADER:
                     raise RemoteProtocolError(f"expected {HEADER}, got {text[:80]!r}")
@@ -138,4 +151,20 @@ class Listener:
                 answer += message(text)
             else:
                 answer += message(NA)
-        return answer, self._messages.rest() if self.protocol is not None else b""
+        return answer, messages.rest() if self.protocol is not None else b""
+
+    def _match(self, data: memoryview | bytes) -> int:
+        """The usual case, where header and one short, known protocol come in one piece: the offset behind
+        them, 0 where it is not so."""
+        start = len(_HEADER_MESSAGE)
+        if len(data) <= start or data[:start] != _HEADER_MESSAGE or data[start] > 0x7F:
+            return 0
+        end = start + 1 + data[start]
+        name = bytes(data[start + 1 : end])
+        if end > len(data) or name[-1:] != b"\n" or not name.isascii():
+            return 0
+        text = name[:-1].decode()
+        if not self._speaks(text):
+            return 0
+        self.protocol = text
+        return end

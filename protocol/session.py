@@ -177,15 +177,15 @@ class Session:
 
     # Crediting and acknowledging
 
-    def credit(self, channel: Channel, count: int) -> None:
-        """The user of `channel` dealt with `count` bytes."""
+    def credit(self, channel: Channel, count: int) -> bool:
+        """The user of `channel` dealt with `count` bytes; returns whether the peer is to be told now."""
         if channel.error is not None or channel.id not in self._channels:
-            return
+            return False
         self.unread -= count
         channel.uncredited -= count
         window = channel.window
         if not window.consumed(count) or channel.fin_received:
-            return
+            return False
         before = window.size
         spare = min(self._limits.connection_window_max - self._grown, self._limits.stream_window_max - before)
         delta = window.grant(self._now, self.rtt, self.learned, max(spare, 0))
@@ -193,6 +193,12 @@ class Session:
         self.learned = max(self.learned, window.size)
         flags, channel.flags = channel.flags, 0
         self.egress.short(yamux.WINDOW, flags, channel.id, delta)
+        return True
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `fill` may have anything to write."""
+        return self.egress.waiting or len(self._unanswered) > UNANSWERED_MAX
 
     def fill(self) -> None:
         """Write what waits into the outlet, as far as it has room."""
