@@ -26,7 +26,7 @@ from mycel.protocol.mesh import Buffer, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Kind, Method, Req, Res
 from mycel.protocol.outlet import STREAM_GONE
-from mycel.protocol.serve_single import send_parts
+from mycel.protocol.serve_single import check_size, send_parts
 
 
 class CallStream(Generic[Req, Res]):
@@ -39,22 +39,31 @@ class CallStream(Generic[Req, Res]):
         self._limits = limits
         self._request = codec_of(method.request)
         self._response = codec_of(method.response)
-        self._inlet = Inlet(stream, limits.message_bytes, on_arrival=self._on_arrival)
         self._blocked: trio.CancelScope | None = None
         self._is_cut = False
         self._sent_end = method.kind in (Kind.UNARY, Kind.SERVER_STREAM)
         self._done: MycelError | trio.EndOfChannel | None = None
 
     async def begin(self, request: list[Buffer]) -> None:
-        """Send the frame that begins the call. Raises as `Rpc.call`."""
-        await self._put(request)
+        """Send the frame that begins the call; to be called once, before all else. Raises as `Rpc.call`."""
+        sent = 0
+        try:  # before the stream is listened to: then its negotiation rides with the request
+            if self._stream.try_send(request[0], end=self._sent_end and len(request) == 1):
+                sent = 1
+        except StreamReset as error:
+            raise lost(error, self._stream.peer, self._method.name) from error
+        self._inlet = Inlet(self._stream, self._limits.message_bytes, on_arrival=self._on_arrival)
+        if sent < len(request):
+            await self._put(request[sent:], end=self._sent_end)
 
     def begin_frame(self, deadline_ms: int, request: Req | None) -> list[Buffer]:
         """The frame that begins the call, with the request where the method takes exactly one."""
         name = self._method.name.encode()
         if self._method.kind in (Kind.UNARY, Kind.SERVER_STREAM):
             body, raws = self._request.encode(request)
-            return pack(REQUEST, self._number, body, raws, name=name, deadline_ms=deadline_ms)
+            parts = pack(REQUEST, self._number, body, raws, name=name, deadline_ms=deadline_ms)
+            check_size(parts, self._limits.message_bytes)
+            return parts
         return pack(REQUEST, self._number, name=name, deadline_ms=deadline_ms)
 
     async def send(self, item: Req) -> None:
@@ -65,13 +74,15 @@ class CallStream(Generic[Req, Res]):
         if self._sent_end:
             raise LocalProtocolError(f"{self._method.name}: this side has ended its requests")
         body, raws = self._request.encode(item)
-        await self._put(pack(ITEM, self._number, body, raws))
+        parts = pack(ITEM, self._number, body, raws)
+        check_size(parts, self._limits.message_bytes)
+        await self._put(parts)
 
     async def end(self) -> None:
         """Say that no more requests come; responses still do."""
         if not self._sent_end:
             self._sent_end = True
-            await self._put(pack(END, self._number))
+            await self._put(pack(END, self._number), end=True)
 
     async def receive(self) -> Res:
         """The next response. Raises `trio.EndOfChannel` after the last, else as `Rpc.call`."""
@@ -143,23 +154,19 @@ class CallStream(Generic[Req, Res]):
         if self._blocked is not None and self._is_answered():
             self._blocked.cancel()
 
-    async def _put(self, parts: list[Buffer]) -> None:
+    async def _put(self, parts: list[Buffer], *, end: bool = False) -> None:
         if not self._is_answered():
             try:
                 with trio.CancelScope() as self._blocked:
-                    await self._send_whole(parts)
+                    self._is_cut, was_cut = True, self._is_cut
+                    await send_parts(self._stream, parts, end=end)
+                    self._is_cut = was_cut
             except STREAM_GONE as error:
-                self._is_cut = True
                 if not self._is_answered():
                     if isinstance(error, StreamReset):
                         raise lost(error, self._stream.peer, self._method.name) from error
                     raise
             finally:
                 self._blocked = None
-        if self._is_answered() and self._inlet.next_kind == ERROR:
+        if self._inlet.next_kind == ERROR:
             await self.receive()
-
-    async def _send_whole(self, parts: list[Buffer]) -> None:
-        self._is_cut, was_cut = True, self._is_cut
-        await send_parts(self._stream, parts, self._limits.message_bytes)
-        self._is_cut = was_cut

@@ -96,14 +96,31 @@ def pack(
         ]
     sizes = [memoryview(raw).nbytes for raw in raws]
     at = len(name) + 4 + 4 * len(sizes) + len(body)
-    tail: list[Buffer] = []
+    pieces: list[Buffer] = []
     for size, raw in zip(sizes, raws, strict=True):
         gap = -at % ALIGN
-        tail += (bytes(gap), raw)
+        pieces += (bytes(gap), raw)
         at += gap + size
     lengths = struct.pack(f">{len(sizes) + 1}I", len(body), *sizes)
     head = HEAD.pack(at, kind, len(name), len(sizes), call, deadline_ms)
-    return [b"".join((head, name, lengths, body, tail[0])), *(part for part in tail[1:] if len(part))]
+    return _join_small([head, name, lengths, body, *pieces])
+
+
+def _join_small(pieces: list[Buffer]) -> list[Buffer]:
+    """The same bytes with runs of small pieces made one; large ones stay what they are, not copied."""
+    parts: list[Buffer] = []
+    run: list[Buffer] = []
+    for piece in pieces:
+        if len(piece) < SMALL_BYTES:
+            run.append(piece)
+            continue
+        if run:
+            parts.append(b"".join(run))
+            run = []
+        parts.append(piece)
+    if run:
+        parts.append(b"".join(run))
+    return parts
 
 
 def read_head(buffer: Buffer, at: int, size_max: int) -> Head:

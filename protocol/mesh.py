@@ -98,7 +98,8 @@ class Stream(Protocol):
         """Send all of `data`, waiting for the peer's window where needed. No task hop when there is room.
 
         `end` sends the end of stream with it, in the same frame: what a request or an answer that stands
-        alone should do, for it saves a packet. Raises `StreamReset`, `ConnectionLost`, or `StreamClosed` after `send_eof`.
+        alone should do, for it saves a packet. Raises `StreamReset`, `ConnectionLost`, or `StreamClosed`
+        after `send_eof`.
         """
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
@@ -116,7 +117,8 @@ class Stream(Protocol):
         """From now on call `receiver` in the connection's reader with each piece as it arrives.
 
         The view is valid during the call only. `receiver(None, None)` is the end of stream,
-        `receiver(None, error)` its loss. It must not block. The window is credited when it returns, or, with
+        `receiver(None, error)` its loss, also when the peer resets it or the connection goes after that end
+        and before this side's. It must not block. The window is credited when it returns, or, with
         `credit=False`, by `credit` once the bytes are used up: backpressure without a task that reads. What
         had arrived before is delivered from within this call. This is how small messages are answered
         without a task hop.

@@ -231,7 +231,7 @@ class LineServer:
             stream = await self._shop.mesh.open_stream(self._peer, ANSWER)
             try:
                 for part in parts:
-                    await stream.send(part)
+                    await stream.send(part, end=part is parts[-1])
                 await stream.aclose()
             except BaseException:
                 stream.reset()

@@ -26,16 +26,20 @@ from mycel.protocol.serve_line import Shop, report, run_unary, to_deadline
 SINGLE = "/mycel/call/1"
 
 
-async def send_parts(stream: Stream, parts: list[Buffer], message_bytes: int) -> None:
-    """Send one frame. Raises `LimitExceeded` (nothing was sent) or as `Stream.send`."""
+def check_size(parts: list[Buffer], message_bytes: int) -> None:
+    """Raise `LimitExceeded` for a frame that is too large to send."""
     total = sum(len(part) for part in parts)
     if total > message_bytes:
         raise LimitExceeded(
             f"a message of {total} bytes, more than message_bytes allows ({message_bytes}); send it in pieces"
         )
-    for part in parts:
-        if not stream.try_send(part):
-            await stream.send(part)
+
+
+async def send_parts(stream: Stream, parts: list[Buffer], *, end: bool = False) -> None:
+    """Send one frame, and end the stream with it where `end`. Raises as `Stream.send`."""
+    last = len(parts) - 1
+    for index, part in enumerate(parts):
+        await stream.send(part, end=end and index == last)
 
 
 class SingleServer:
@@ -65,7 +69,7 @@ class SingleServer:
             with self._scope:
                 failure = await self._serve()
                 if failure is not None:
-                    await self._stream.send(self._refusal(failure))
+                    await self._stream.send(self._refusal(failure), end=True)
             if self._scope.cancelled_caught:
                 self._cut_short()
             await self._stream.aclose()
@@ -117,12 +121,12 @@ class SingleServer:
         try:
             if kind in (Kind.UNARY, Kind.CLIENT_STREAM):
                 response = await run_unary(self._shop, served, call, argument)
-                await self._send(RESPONSE, served, response)
+                await self._send(RESPONSE, served, response, end=True)
             else:
                 async with aclosing(served.handler(call, argument)) as items:
                     async for item in items:
                         await self._send(ITEM, served, item)
-                await self._stream.send(pack(END, self._number)[0])
+                await self._stream.send(pack(END, self._number)[0], end=True)
         except Exception as error:  # boundary: a handler's failure is its call's answer
             if self._inlet.error is not None:
                 raise self._inlet.error from error
@@ -144,9 +148,10 @@ class SingleServer:
             self._bad_item = error
             raise
 
-    async def _send(self, kind: int, served: Served, value: Any) -> None:
+    async def _send(self, kind: int, served: Served, value: Any, *, end: bool = False) -> None:
         body, raws = served.response.encode(value)
         parts = pack(kind, self._number, body, raws)
+        check_size(parts, self._shop.limits.message_bytes)
         self._is_sending = True
-        await send_parts(self._stream, parts, self._shop.limits.message_bytes)
+        await send_parts(self._stream, parts, end=end)
         self._is_sending = False

@@ -228,6 +228,6 @@ class MeshStream:
             self._inbox.clear()
         self._writable.wake()
         self._readable.wake()
-        if first:
+        if first or self._receiver is not None:
             self._call(None, loss)
         self._end.forget(self._id)
