@@ -89,6 +89,9 @@ def install() -> None:
     pip("setuptools")
     say("3 of 3: mycel and what it and its tests need")
     pip("--no-build-isolation", "--editable", f"{ROOT}[test]")
+    # trio-typing, which py-libp2p brings, ships stubs of an old trio that hide the types in trio itself.
+    for stubs in VENV.glob("lib/python3*/site-packages/trio-stubs"):
+        shutil.rmtree(stubs)
 
 
 def torch_index() -> list[str]:
