@@ -95,6 +95,7 @@ async def run(
     stages = StageServer(links, rpc, board)
     generator = Generator(links, rpc, board)
     contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
+    _learn_bootstrap(config, papers, contacts)
     lender = Lender(config, engines, stages, generator)
     gather = Gather(host, rpc, contacts, papers.memory, announce=config.announce)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender)
@@ -107,7 +108,6 @@ async def run(
         await nursery.start(generator.run)
         await nursery.start(gather.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
-        _learn_bootstrap(config, papers, contacts)
         nursery.start_soon(_serve_configured, config, lender)
         task_status.started(node)
         await node.stopping.wait()
@@ -156,10 +156,13 @@ def _with_port(addr: str, port: int) -> str:
 
 def _learn_bootstrap(config: Config, papers: Papers, contacts: Contacts) -> None:
     """The ticket's and the config's addresses, each peer's together."""
+    addrs: dict[PeerId, list[str]] = {}
     for addr in [*(str(addr) for addr in papers.bootstrap), *config.bootstrap]:
         peer = endpoint_of(addr).peer
         if peer is not None:
-            contacts.learn(peer, [addr], trio.current_time(), lasting=True)
+            addrs.setdefault(peer, []).append(addr)
+    for peer, known in addrs.items():
+        contacts.learn(peer, known, trio.current_time(), lasting=True)
 
 
 async def _serve_configured(config: Config, lender: Lender) -> None:
