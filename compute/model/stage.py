@@ -22,6 +22,7 @@ from mycel.compute.engine import Done, EngineStats, Span, StageInfo, Work
 from mycel.compute.model import sample
 from mycel.compute.model.cache import SessionCache
 from mycel.compute.model.forward import Forward
+from mycel.compute.model.memory import is_out_of_memory
 from mycel.compute.model.trial import Trial
 from mycel.compute.model.wire import tensor_from_wire, tensor_to_wire
 
@@ -239,6 +240,8 @@ class Stage:
             for index, work, held, out in zip(group, chosen, helds, outs, strict=True):
                 results[index] = self._finish(work, held, out)
         except Exception as error:  # boundary: what a model's code raises ends these sessions, not the stage
+            if is_out_of_memory(error):
+                raise  # not theirs alone: whoever runs this stage begins afresh
             for index, work, held in zip(group, chosen, helds, strict=True):
                 self._drop(held)
                 results[index] = Done(
