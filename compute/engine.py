@@ -168,7 +168,7 @@ class Engine(Protocol):
         """
 
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
-        """Load a stage, replacing the one held. `progress` gets (fraction, what).
+        """Load a stage in place of the one held, which is let go first. `progress` gets (fraction, what).
 
         Raises `ModelUnsupported`, `FileNotFoundError` (no such directory or hub id), `ValueError` (a span,
         dtype or device that makes no sense), `EngineLost`.

@@ -24,6 +24,7 @@ from mycel.compute.engine import (
 )
 from mycel.compute.model.card import read_card
 from mycel.compute.model.load import load_stage
+from mycel.compute.model.memory import is_out_of_memory
 from mycel.compute.model.stage import Stage
 from mycel.compute.model.tokenizer_files import read_tokenizer_files
 from mycel.protocol.errors import LocalProtocolError
@@ -74,7 +75,7 @@ class InlineEngine:
         await self._do(lambda: self._loaded.rewind(session, position))
 
     async def forget(self, session: str) -> None:
-        await self._do(lambda: self._stage and self._stage.forget(session))
+        await self._do(lambda: None if self._stage is None else self._stage.forget(session))
 
     async def stats(self) -> EngineStats:
         return await self._do(
@@ -87,9 +88,10 @@ class InlineEngine:
 
     def break_down(self, why: str) -> None:
         """Be as a worker that died: simulation's way to lose an engine. Calls in progress fail too."""
-        self._why = why
-        self._close()
-        self._broken.set()
+        if not self._broken.is_set():
+            self._why = why
+            self._close()
+            self._broken.set()
 
     async def aclose(self) -> None:
         self._close()
@@ -110,7 +112,13 @@ class InlineEngine:
         async with self._turn:
             if self._broken.is_set():
                 raise EngineLost(self._why)
-            result = what()
+            try:
+                result = what()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.break_down(f"out of memory: {error}")
+                raise EngineLost(self._why) from error
             with trio.move_on_after(seconds):
                 await self._broken.wait()
             if self._broken.is_set():

@@ -75,7 +75,7 @@ class Hello(msgspec.Struct, frozen=True):
     """torch's version."""
     devices: tuple[TorchDevice, ...]
     start_s: float
-    """From the process's first line to here: mostly importing torch and transformers."""
+    """From the process's birth to here: mostly importing torch and transformers."""
 
 
 class Failure(msgspec.Struct, frozen=True):

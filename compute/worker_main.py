@@ -1,10 +1,9 @@
 """The worker process: torch, one thread of it, at the far end of a socket pair.
 
 `python -I -m mycel.compute.worker_main FD PARENT MEMORY` serves one request after the other from the
-inherited socket FD until its end, and dies when the process PARENT does. It holds no keys, reads no
-configuration, and knows of the world only what a request says. An error that leaves doubt about what is in
-memory (out of memory, anything unforeseen in a step) is reported and ends the process: its daemon starts
-another. What it prints goes to standard error, which the daemon quotes when the process dies.
+inherited socket FD until its end, and dies when the process PARENT does, from its first moment on: that is
+why torch is imported only after `die_with`. It holds no keys, reads no configuration, and knows of the world
+only what a request says. What it prints goes to standard error, which the daemon quotes when it dies.
 """
 
 from __future__ import annotations
@@ -16,218 +15,8 @@ import resource
 import signal
 import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
 
-from mycel.compute.engine import EngineStats, ModelUnsupported
-from mycel.compute.pipe import (
-    DESCRIBE,
-    FAILURE,
-    FORGET,
-    GATHER_MAX,
-    HELLO,
-    LOAD,
-    PROGRESS,
-    REWIND,
-    STATS,
-    STEP,
-    TOKENIZER_FILES,
-    Failure,
-    FrameReceiver,
-    Hello,
-    Nothing,
-    Operation,
-    Progress,
-    TorchDevice,
-    advance,
-)
-from mycel.protocol.errors import MycelError
-from mycel.protocol.frame import Frame, FrameKind, pack
-from mycel.protocol.mesh import Buffer
-
-if TYPE_CHECKING:
-    from mycel.compute.model.stage import Stage
-
-Req = TypeVar("Req")
-Res = TypeVar("Res")
-
-EXIT_CRASH = 81
-EXIT_MEMORY = 82
-STDERR_BYTES_MAX = 1 << 20
-"""What the process may have printed before its standard error begins anew."""
-PROGRESS_EVERY_S = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-class Doubtful(Exception):
-    """The request failed in a way after which this process must not go on."""
-
-    def __init__(self, failure: Failure, status: int) -> None:
-        self.failure = failure
-        self.status = status
-
-
-class Connection:
-    """The socket to the daemon, in blocking frames."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._receiver = FrameReceiver()
-
-    def receive(self) -> Frame | None:
-        """The next frame; None when the daemon is gone. Raises `RemoteProtocolError`."""
-        while (frame := self._receiver.next()) is None:
-            count = self._sock.recv_into(self._receiver.room())
-            if not count:
-                return None
-            self._receiver.got(count)
-        return frame
-
-    def send(self, kind: FrameKind, number: int, content: tuple[bytes, list[Buffer]]) -> None:
-        """Send one frame, raw buffers from where they lie."""
-        parts = pack(kind, number, content[0], raws=content[1])
-        while parts:
-            sent = self._sock.sendmsg(parts[:GATHER_MAX])
-            parts = advance(parts, sent)
-
-
-class Worker:
-    """At most one stage, and what can be asked of it."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._stage: Stage | None = None
-        self._number = 0
-        self._serves: dict[bytes, Callable[[Frame], tuple[bytes, list[Buffer]]]] = {}
-        self._serve(DESCRIBE, self._describe)
-        self._serve(TOKENIZER_FILES, self._tokenizer_files)
-        self._serve(LOAD, self._load)
-        self._serve(STEP, lambda works: self._loaded.step(works), doubtful=True)
-        self._serve(REWIND, self._rewind)
-        self._serve(FORGET, self._forget)
-        self._serve(STATS, self._stats)
-
-    def answer(self, request: Frame) -> None:
-        """Serve one request and send its answer. Raises `Doubtful` when the process should end."""
-        self._number = request.call
-        try:
-            serve = self._serves[request.name]
-            content = serve(request)
-        except _Refusal as refusal:
-            self._connection.send(FrameKind.ERROR, request.call, FAILURE.encode(refusal.failure))
-        else:
-            self._connection.send(FrameKind.RESPONSE, request.call, content)
-
-    def _serve(
-        self, operation: Operation[Req, Res], handler: Callable[[Req], Res], *, doubtful: bool = False
-    ) -> None:
-        def serve(frame: Frame) -> tuple[bytes, list[Buffer]]:
-            request = operation.request.decode(frame.body, frame.raws)
-            try:
-                return operation.response.encode(handler(request))
-            except Exception as error:  # boundary: what torch and transformers raise is sorted here
-                raise _sort(error, doubtful) from error
-
-        self._serves[operation.name] = serve
-
-    @property
-    def _loaded(self) -> Stage:
-        if self._stage is None:
-            raise _Refusal(Failure("order", "no stage is loaded; call load first"))
-        return self._stage
-
-    def _describe(self, model: str) -> Any:
-        from mycel.compute.model.card import read_card
-
-        return read_card(model)
-
-    def _tokenizer_files(self, model: str) -> dict[str, bytes]:
-        from mycel.compute.model.tokenizer_files import read_tokenizer_files
-
-        return read_tokenizer_files(model)
-
-    def _load(self, spec: Any) -> Any:
-        from mycel.compute.model.load import load_stage
-
-        last = -PROGRESS_EVERY_S
-
-        def report(fraction: float, what: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if fraction >= 1 or now - last >= PROGRESS_EVERY_S:
-                last = now
-                progress = PROGRESS.encode(Progress(fraction, what))
-                self._connection.send(FrameKind.ITEM, self._number, progress)
-
-        if self._stage is not None:  # its memory first
-            self._stage.close()
-            self._stage = None
-        self._stage = load_stage(spec, report)
-        return self._stage.info
-
-    def _rewind(self, request: Any) -> Nothing:
-        self._loaded.rewind(request.session, request.position)
-        return Nothing()
-
-    def _forget(self, session: str) -> Nothing:
-        if self._stage is not None:
-            self._stage.forget(session)
-        return Nothing()
-
-    def _stats(self, _: Nothing) -> EngineStats:
-        if self._stage is None:
-            return EngineStats(0, 0, 0, 0, 0, 0.0)
-        return self._stage.stats()
-
-
-class _Refusal(Exception):
-    """The request failed; the process is as good as before."""
-
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
-
-
-def _sort(error: Exception, doubtful: bool) -> Exception:
-    """What an error in a handler means for the process: a `_Refusal`, or `Doubtful`."""
-    if isinstance(error, _Refusal):
-        return error
-    text = str(error) or type(error).__name__
-    if isinstance(error, ModelUnsupported):
-        return _Refusal(Failure("unsupported", text))
-    if isinstance(error, FileNotFoundError):
-        return _Refusal(Failure("missing", text))
-    if is_out_of_memory(error):
-        return Doubtful(Failure("memory", text.splitlines()[0]), EXIT_MEMORY)
-    traceback.print_exception(error)
-    described = f"{type(error).__name__}: {text}"
-    if doubtful:
-        return Doubtful(Failure("crash", described), EXIT_CRASH)
-    return _Refusal(Failure("value" if isinstance(error, ValueError) else "unsupported", described))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is memory's end: Python's own, CUDA's, or that of torch's CPU allocator."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
-def see_devices() -> tuple[TorchDevice, ...]:
-    """What torch can use here: GPUs first, then the CPU."""
-    import psutil
-    import torch
-
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(TorchDevice(f"cuda:{index}", torch.cuda.get_device_name(index), total, free))
-    memory = psutil.virtual_memory()
-    found.append(TorchDevice("cpu", f"{torch.get_num_threads()} threads", memory.total, memory.available))
-    return tuple(found)
 
 
 def die_with(parent: int) -> None:
@@ -246,40 +35,15 @@ def limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def trim_stderr() -> None:
-    """Begin the file behind standard error anew when it has grown large."""
-    if os.fstat(2).st_size > STDERR_BYTES_MAX:
-        os.ftruncate(2, 0)
-
-
 def main(arguments: list[str]) -> int:
     """Serve until the daemon closes its end. Returns the exit status."""
-    begun = time.monotonic()
     fd, parent, memory = (int(argument) for argument in arguments)
     faulthandler.enable()
     die_with(parent)
-    connection = Connection(socket.socket(fileno=fd))
-    import torch
-
-    import mycel.compute.model.load  # noqa: F401 transformers and all, before the first request needs it
+    from mycel.compute.worker_serve import serve
 
     limit_memory(memory)
-    hello = Hello(os.getpid(), str(torch.__version__), see_devices(), time.monotonic() - begun)
-    worker = Worker(connection)
-    try:
-        connection.send(FrameKind.RESPONSE, 0, HELLO.encode(hello))
-        while (request := connection.receive()) is not None:
-            trim_stderr()
-            worker.answer(request)
-    except Doubtful as doubt:
-        connection.send(FrameKind.ERROR, worker._number, FAILURE.encode(doubt.failure))
-        return doubt.status
-    except (BrokenPipeError, ConnectionResetError):
-        return 0  # the daemon is gone
-    except MycelError as error:
-        print(f"the daemon's request made no sense: {error}", file=sys.stderr)
-        return EXIT_CRASH
-    return 0
+    return serve(socket.socket(fileno=fd))
 
 
 if __name__ == "__main__":

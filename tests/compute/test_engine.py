@@ -41,8 +41,8 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return worker
 
 
-def spec(path: Path, span: Span | None = None, **more: int) -> StageSpec:
-    return StageSpec(str(path), span, device="cpu", threads=1, **more)
+def spec(path: Path, span: Span | None = None, kv_bytes_max: int = 1 << 30) -> StageSpec:
+    return StageSpec(str(path), span, device="cpu", threads=1, kv_bytes_max=kv_bytes_max)
 
 
 def drawn(done: Done) -> Sampled:
@@ -230,11 +230,14 @@ async def test_what_cannot_be_loaded_says_why_and_the_engine_lives(
     await generate(engine, "after", PROMPT, 1, Sampling())
 
 
-async def test_steps_need_a_stage(tiny_llama_path: Path, shared_worker: WorkerEngine) -> None:
-    with pytest.raises(LocalProtocolError, match="load"):
-        await InlineEngine().step([])
-    with pytest.raises(FileNotFoundError):  # a load that fails early keeps what was there; one that began not
-        await shared_worker.load(spec(tiny_llama_path / "nowhere"))
+async def test_steps_need_a_stage(engine: Engine, tiny_llama_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await engine.load(spec(tiny_llama_path / "nowhere"))  # the stage held before is let go first
+    for ask in (engine.step([]), engine.rewind("s", 0)):
+        with pytest.raises(LocalProtocolError, match="load"):
+            await ask
+    await engine.forget("s")
+    assert (await engine.stats()).sessions == 0
 
 
 async def test_tokenizer_files(engine: Engine, tiny_llama_path: Path, tmp_path: Path) -> None:
