@@ -162,7 +162,7 @@ class Link:
                         nursery.start_soon(self._write)
                         await self._read()
             finally:
-                self.end("closed", "this node shut the connection down")
+                self.end("closed", "the node shut down")
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
 
     async def _read(self) -> None:
