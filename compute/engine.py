@@ -170,8 +170,8 @@ class Engine(Protocol):
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
         """Load a stage in place of the one held, which is let go first. `progress` gets (fraction, what).
 
-        Raises `ModelUnsupported`, `FileNotFoundError` (no such directory or hub id), `ValueError` (a span,
-        dtype or device that makes no sense), `EngineLost`.
+        Raises `ModelUnsupported` (also for a span, dtype or device that is not to be had),
+        `FileNotFoundError` (no such directory or hub id), `EngineLost`.
         """
 
     async def step(self, works: Sequence[Work]) -> list[Done]:
@@ -182,7 +182,10 @@ class Engine(Protocol):
         """
 
     async def rewind(self, session: str, position: int) -> None:
-        """Cut the session's cache back to rows [0:position). Raises `ModelUnsupported` if not rewindable."""
+        """Cut the session's cache back to rows [0:position).
+
+        Raises `ModelUnsupported` if not rewindable, `ValueError` if the session is not there or is shorter.
+        """
 
     async def forget(self, session: str) -> None:
         """Free what the session holds; nothing happens where there is none."""

@@ -18,6 +18,7 @@ from mycel.compute.engine import (
     EngineLost,
     EngineStats,
     ModelCard,
+    ModelUnsupported,
     StageInfo,
     StageSpec,
     Work,
@@ -60,10 +61,11 @@ class InlineEngine:
     async def load(self, spec: StageSpec, progress: Callable[[float, str], None] | None = None) -> StageInfo:
         def load() -> StageInfo:
             self._close()
-            self._stage = load_stage(
-                msgspec.structs.replace(spec, threads=self._threads),
-                progress or (lambda fraction, what: None),
-            )
+            own = msgspec.structs.replace(spec, threads=self._threads)
+            try:
+                self._stage = load_stage(own, progress)
+            except ValueError as error:  # a span, dtype or device that is not to be had
+                raise ModelUnsupported(str(error)) from error
             return self._stage.info
 
         return await self._do(load, self._load_s)

@@ -151,7 +151,10 @@ class Worker:
         if self._stage is not None:  # its memory first
             self._stage.close()
             self._stage = None
-        self._stage = load_stage(spec, report)
+        try:
+            self._stage = load_stage(spec, report)
+        except ValueError as error:  # a span, dtype or device that is not to be had
+            raise ModelUnsupported(str(error)) from error
         return self._stage.info
 
     def _rewind(self, request: Rewind) -> Nothing:

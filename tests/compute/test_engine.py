@@ -216,9 +216,9 @@ async def test_what_cannot_be_loaded_says_why_and_the_engine_lives(
         await engine.load(spec(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         await engine.describe(str(tmp_path))
-    with pytest.raises(ValueError, match="2:9"):
+    with pytest.raises(ModelUnsupported, match="2:9"):
         await engine.load(spec(tiny_llama_path, Span(2, 9)))
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ModelUnsupported, match="dtype"):
         await engine.load(StageSpec(str(tiny_llama_path), None, dtype="int3"))
     broken = tmp_path / "broken"
     shutil.copytree(tiny_llama_path, broken)
