@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -53,19 +54,21 @@ class Budget(msgspec.Struct, frozen=True):
     kv_bytes: int
 
 
-def plan_budget(machine: Machine, *, bytes_max: int | None = None) -> Budget:
-    """The largest budget that leaves the machine usable: a GPU's memory if there is one, else main memory.
+def plan_budget(machine: Machine, *, device: str = "auto", bytes_max: int | None = None) -> Budget:
+    """The largest budget that leaves the machine usable, on `device` as `StageSpec.device` names it.
 
-    `bytes_max` is what the owner allows for weights and caches together.
+    auto is the first GPU, else the CPU, as for stages. `bytes_max` is what the owner allows for weights and
+    caches together.
     """
-    device, free = "cpu", int(machine.memory_free_bytes * CPU_SHARE)
-    if machine.accelerators:
-        best = max(machine.accelerators, key=lambda gpu: gpu.memory_free_bytes)
-        device, free = best.device, int(best.memory_free_bytes * GPU_SHARE)
+    chosen, free = "cpu", int(machine.memory_free_bytes * CPU_SHARE)
+    for gpu in machine.accelerators:
+        if device in ("auto", gpu.device) or (device == "cuda" and gpu.device == "cuda:0"):
+            chosen, free = gpu.device, int(gpu.memory_free_bytes * GPU_SHARE)
+            break
     if bytes_max is not None:
         free = min(free, bytes_max)
     kv = int(free * KV_SHARE)
-    return Budget(device, free - kv, kv)
+    return Budget(chosen, free - kv, kv)
 
 
 async def probe_machine() -> Machine:
@@ -75,8 +78,16 @@ async def probe_machine() -> Machine:
     total, free = memory.total, memory.available
     if limit is not None:
         total, free = min(total, limit), min(free, max(0, limit - used))
-    gpus = [*await _probe_nvidia(), *read_amd(Path("/sys/class/drm"))]
+    gpus = [*await _probe_nvidia(), *read_amd(Path("/sys/class/drm"))] if has_gpu_torch() else []
     return Machine(count_cores(Path("/sys/fs/cgroup")), total, free, tuple(gpus))
+
+
+def has_gpu_torch() -> bool:
+    """Whether the installed torch may use a GPU: builds for the CPU alone say so in their version."""
+    try:
+        return not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
 
 
 def count_cores(cgroup: Path) -> int:

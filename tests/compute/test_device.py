@@ -14,6 +14,7 @@ from mycel.compute.device import (
     Machine,
     _probe_nvidia,
     count_cores,
+    has_gpu_torch,
     plan_budget,
     probe_machine,
     read_amd,
@@ -88,13 +89,24 @@ async def test_this_machine() -> None:
     assert 0 < machine.memory_free_bytes <= machine.memory_bytes
 
 
-def test_budget_prefers_the_emptiest_gpu_and_heeds_the_owner() -> None:
+def test_budget_is_for_the_device_that_stages_will_use() -> None:
     gpus = (Accelerator("cuda:0", "a", 80 * GIB, 10 * GIB), Accelerator("cuda:1", "b", 40 * GIB, 40 * GIB))
     machine = Machine(4, 64 * GIB, 32 * GIB, gpus)
-    budget = plan_budget(machine)
-    assert budget.device == "cuda:1"
-    assert budget.weight_bytes + budget.kv_bytes == pytest.approx(36 * GIB, abs=2)
-    assert budget.weight_bytes > budget.kv_bytes > 0
+    for device, chosen, total in (
+        ("auto", "cuda:0", 9 * GIB),
+        ("cuda", "cuda:0", 9 * GIB),
+        ("cuda:1", "cuda:1", 36 * GIB),
+        ("cpu", "cpu", 16 * GIB),
+    ):
+        budget = plan_budget(machine, device=device)
+        assert budget.device == chosen
+        assert budget.weight_bytes + budget.kv_bytes == pytest.approx(total, abs=2)
+        assert budget.weight_bytes > budget.kv_bytes > 0
     small = plan_budget(Machine(4, 64 * GIB, 32 * GIB), bytes_max=GIB)
     assert (small.device, small.weight_bytes + small.kv_bytes) == ("cpu", GIB)
-    assert plan_budget(Machine(4, 64 * GIB, 32 * GIB)).weight_bytes < 16 * GIB
+
+
+def test_cpu_builds_of_torch_are_known_without_importing_it() -> None:
+    import torch
+
+    assert has_gpu_torch() == (torch.version.cuda is not None or torch.version.hip is not None)
