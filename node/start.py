@@ -22,6 +22,7 @@ import msgspec
 import trio
 from multiaddr import Multiaddr
 
+from mycel.compute.device import plan_budget, probe_machine
 from mycel.compute.worker import WorkerOptions, start_worker
 from mycel.node import daemon
 from mycel.node.config import Config
@@ -71,6 +72,9 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
         papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap)
         if not config.label:
             config = replace(config, label=socket.gethostname())
+        if not config.memory_bytes:
+            budget = plan_budget(await probe_machine(), device=config.device)
+            config = replace(config, memory_bytes=budget.weight_bytes)
         options = WorkerOptions(environment=dict(os.environ))
         async with trio.open_nursery() as nursery:
             node: Node = await nursery.start(
