@@ -54,10 +54,15 @@ class Arrival:
                 channel.reset(StreamReset("the peer ended the stream before naming a protocol"))
             self._link.arrivals.pop(channel.id, None)
             return
-        answer, rest = self._listener.receive(data)
+        listener = self._listener
+        answer, rest = listener.receive(data)
         channel.credit(len(data) - len(rest))
         channel.prefix += answer
-        protocol = self._listener.protocol
+        protocol = listener.protocol
+        if listener.given_up is not None:
+            self._link.arrivals.pop(channel.id, None)
+            channel.forget()
+            return
         if protocol is None or not rest:
             channel.flush_prefix()
         if protocol is not None:

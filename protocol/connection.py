@@ -152,6 +152,8 @@ class Connection:
             return rest
         assert self._answers is not None
         answer, behind = self._answers.receive(data)
+        if self._answers.given_up is not None:
+            raise RemoteProtocolError(f"{self.stage.value}: {self._answers.given_up}")
         if self.stage is Stage.SECURITY:
             self._raw += answer
         else:

@@ -110,7 +110,7 @@ class Dialer:
 class Listener:
     """The side that is asked. `speaks` says which protocols it agrees to."""
 
-    __slots__ = ("_limit", "_messages", "_proposals", "_said_header", "_speaks", "protocol")
+    __slots__ = ("_limit", "_messages", "_proposals", "_said_header", "_speaks", "given_up", "protocol")
 
     def __init__(
         self, speaks: Callable[[str], bool], limit: int = DEFAULT_LIMITS.multistream_message
@@ -121,11 +121,14 @@ class Listener:
         self._proposals = 0
         self._said_header = False
         self.protocol: str | None = None
+        self.given_up: str | None = None
+        """Why nothing will be agreed on: what follows a proposal that was declined is no message. Such is a
+        lazy dialer's data, and nobody's fault."""
 
     def receive(self, data: memoryview | bytes) -> tuple[bytes, memoryview | bytes]:
         """What to answer, and the bytes behind the agreement once `protocol` is set (maybe none).
 
-        Raises `RemoteProtocolError` for malformed or endless proposals.
+        Raises `RemoteProtocolError` where the peer does not speak multistream-select at all.
         """
         messages = self._messages
         if messages is None:
@@ -135,7 +138,17 @@ class Listener:
                 return proposal(self.protocol), data[end:]
             messages = self._messages = _Messages(self._limit)
         messages.feed(data)
-        answer = b""
+        answer = bytearray()
+        try:
+            self._converse(messages, answer)
+        except RemoteProtocolError as error:
+            if not self._proposals:
+                raise
+            self.given_up = str(error)
+            messages.rest()
+        return bytes(answer), messages.rest() if self.protocol is not None else b""
+
+    def _converse(self, messages: _Messages, answer: bytearray) -> None:
         while self.protocol is None and (text := messages.next()) is not None:
             if not self._said_header:
                 if text != HEADER:
@@ -151,7 +164,6 @@ class Listener:
                 answer += message(text)
             else:
                 answer += message(NA)
-        return answer, messages.rest() if self.protocol is not None else b""
 
     def _match(self, data: memoryview | bytes) -> int:
         """The usual case, where header and one short, known protocol come in one piece: the offset behind

@@ -435,6 +435,7 @@ def test_leaving_run_closes_the_listener_and_tells_the_peers(play):
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
             await a.connect(host.listen_addrs)
+            await world.up(host, a.peer_id)
             nursery.cancel_scope.cancel()
         assert not machine.listeners
         assert host.connections == 0
