@@ -189,7 +189,7 @@ def inside(stage: Stage, command: Sequence[str], environment: dict[str, str]) ->
     path = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     settings = [f"{name}={value}" for name, value in {**path, **environment}.items()]
     shell = f"cd {shlex.quote(stage.workdir)} && exec {shlex.join(command)}"
-    chroot = ["chroot", f"--userspec={stage.user}", str(stage.root)]
+    chroot = [shutil.which("chroot") or "/usr/sbin/chroot", f"--userspec={stage.user}", str(stage.root)]
     return ["env", "-i", *settings, *chroot, "/bin/sh", "-c", shell]
 
 
