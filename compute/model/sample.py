@@ -15,7 +15,7 @@ are those of the model before any rule; the gap is that of the penalised logits,
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from hashlib import blake2b
 
 import torch
@@ -23,7 +23,7 @@ import torch
 from mycel.compute.engine import Sampled, Sampling
 
 NUCLEUS_FIRST = 1024
-"""How many of the best tokens are sorted before a whole vocabulary is: nearly every nucleus fits."""
+"""How many of the best tokens are sorted at first, before eight times as many: nearly every nucleus fits."""
 LOGPROBS_MAX = 64
 """Most likely tokens reported with each draw, at most: what a reply frame should hold."""
 
@@ -59,82 +59,37 @@ def draw(logits: torch.Tensor, sampling: Sampling, position: int, context: Colle
     numbers (a broken model or a poisoned input).
     """
     check(sampling)
-    raw = logits.detach().to(device="cpu", dtype=torch.float32)
-    norm = float(torch.logsumexp(raw.double(), 0))
+    raw = logits.detach().float()
+    norm = float(torch.logsumexp(raw, 0))
     if not math.isfinite(norm):
         raise ValueError("the model gave logits that are not finite numbers; no token can be drawn")
     scores = _penalise(raw, sampling.repetition_penalty, context)
-    two = scores.topk(min(2, len(scores))).values
-    if sampling.temperature == 0:
-        token = int(scores.argmax())
-    else:
-        token = _pick(scores.double() / sampling.temperature, sampling, uniform(sampling.seed, position))
+    values, ids = scores.topk(min(2, len(scores)))
+    best, *second = values.tolist()
+    gap = best - second[0] if second else math.inf
+    if sampling.temperature > 0:
+        scaled = scores.to("cpu", torch.float64) / sampling.temperature
+        token = _pick(scaled, sampling, uniform(sampling.seed, position))
+    elif gap > 0:
+        token = int(ids[0])
+    else:  # a tie: topk promises no order
+        token = int((scores == best).nonzero()[0])
     top: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs:
-        best = _best(raw, sampling.logprobs)
-        top = tuple((i, raw_i - norm) for i, raw_i in zip(best.tolist(), raw[best].tolist(), strict=True))
-    return Sampled(token, float(raw[token]) - norm, top, _gap(two.tolist()))
-
-
-def draw_rows(
-    logits: torch.Tensor,
-    samplings: Sequence[Sampling],
-    positions: Sequence[int],
-    contexts: Sequence[Collection[int]],
-) -> list[Sampled | ValueError]:
-    """`draw` for each row of `logits` ([n, vocab]); a row that cannot be drawn gives its error instead.
-
-    Plain greedy rows, the common kind, are taken together on the logits' own device, and only their
-    results cross to the host.
-    """
-    results: list[Sampled | ValueError | None] = [None] * len(samplings)
-    plain = [i for i, sampling in enumerate(samplings) if is_plain_greedy(sampling)]
-    if len(plain) > 1 and logits.shape[1] > 1:
-        rows = logits if len(plain) == len(samplings) else logits[plain]
-        for i, sampled in zip(plain, _draw_greedy(rows), strict=True):
-            results[i] = sampled
-    for i, sampling in enumerate(samplings):
-        if results[i] is None:
-            try:
-                results[i] = draw(logits[i], sampling, positions[i], contexts[i])
-            except ValueError as error:
-                results[i] = error
-    return [result for result in results if result is not None]
-
-
-def is_plain_greedy(sampling: Sampling) -> bool:
-    """Whether only the largest logit matters: no penalty, no alternatives to report."""
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1 and sampling.logprobs == 0
-
-
-def _draw_greedy(logits: torch.Tensor) -> list[Sampled | ValueError]:
-    rows = logits.detach().float()
-    tokens = rows.argmax(1, keepdim=True)
-    norms = torch.logsumexp(rows.double(), 1, keepdim=True)
-    found = torch.cat([tokens.double(), rows.gather(1, tokens).double(), norms, rows.topk(2, 1).values], 1)
-    results: list[Sampled | ValueError] = []
-    for token, logit, norm, *two in found.tolist():
-        if math.isfinite(norm):
-            results.append(Sampled(int(token), logit - norm, (), _gap(two)))
-        else:
-            results.append(
-                ValueError("the model gave logits that are not finite numbers; no token can be drawn")
-            )
-    return results
-
-
-def _gap(two: list[float]) -> float:
-    """Best minus second best; infinite when there is no second."""
-    return two[0] - two[1] if len(two) == 2 else math.inf
+        likely = _best(raw, sampling.logprobs)
+        logprobs = (raw[likely] - norm).tolist()
+        top = tuple(zip(likely.tolist(), logprobs, strict=True))
+    return Sampled(token, float(raw[token]) - norm, top, gap)
 
 
 def _penalise(scores: torch.Tensor, penalty: float, context: Collection[int]) -> torch.Tensor:
     """Divide positive scores of tokens seen by `penalty`, multiply negative ones; each token once."""
     if penalty == 1 or not context:
         return scores
-    seen = torch.tensor(sorted(set(context)), dtype=torch.int64)
-    if int(seen[0]) < 0 or int(seen[-1]) >= len(scores):
+    ids = sorted(set(context))
+    if ids[0] < 0 or ids[-1] >= len(scores):
         raise ValueError(f"the context names tokens outside the vocabulary of {len(scores)}")
+    seen = torch.tensor(ids, device=scores.device)
     old = scores[seen]
     return scores.index_put((seen,), torch.where(old < 0, old * penalty, old / penalty))
 
@@ -173,4 +128,4 @@ def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
         kept = int((ahead < top_p).sum())
         if kept < len(best) or len(best) == len(scores):
             return best[: max(kept, 1)]
-        count = len(scores)
+        count *= 8

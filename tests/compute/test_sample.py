@@ -18,9 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mycel.compute.engine import Sampled, Sampling
+from mycel.compute.engine import Sampling
 from mycel.compute.model import sample
-from mycel.compute.model.sample import draw, draw_rows, uniform
+from mycel.compute.model.sample import draw, uniform
 
 VOCAB = 50
 
@@ -39,7 +39,7 @@ def theirs(logits: torch.Tensor, sampling: Sampling, context: tuple[int, ...]) -
         rules.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         rules.append(TopPLogitsWarper(sampling.top_p))
-    ids = torch.tensor([list(context)], dtype=torch.int64)
+    ids = torch.LongTensor([list(context)])
     return torch.softmax(rules(ids, logits[None].clone().float())[0].double(), 0)
 
 
@@ -153,30 +153,6 @@ def test_ties_go_to_the_lower_id() -> None:
     sampled = draw(logits, Sampling(logprobs=4), 0)
     assert (sampled.token, sampled.gap) == (2, 0.0)
     assert [token for token, _ in sampled.top] == [2, 5, 7, 0]
-
-
-def test_rows_equal_single_draws_and_one_bad_row_is_its_own_error() -> None:
-    kinds = [
-        Sampling(),
-        Sampling(temperature=0.8, seed=4),
-        Sampling(),
-        Sampling(logprobs=2),
-        Sampling(repetition_penalty=1.4),
-        Sampling(temperature=-1),
-        Sampling(),
-    ]
-    logits = torch.stack([logits_of(i) for i in range(len(kinds))])
-    logits[2, 3] = math.nan
-    contexts = [(1, 2)] * len(kinds)
-    rows = draw_rows(logits, kinds, list(range(len(kinds))), contexts)
-    for i, row in enumerate(rows):
-        if i in (2, 5):
-            assert isinstance(row, ValueError)
-        else:
-            one = draw(logits[i], kinds[i], i, contexts[i])
-            assert isinstance(row, Sampled)
-            assert (row.token, row.top, row.gap) == (one.token, one.top, one.gap)
-            assert row.logprob == pytest.approx(one.logprob, abs=1e-6)
 
 
 @pytest.mark.parametrize(
