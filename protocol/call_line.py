@@ -14,13 +14,21 @@ import outcome
 import trio
 
 from mycel.protocol.callbook import codec_of
-from mycel.protocol.errors import ConnectionLost, LimitExceeded, Refused, RemoteProtocolError, StreamReset
+from mycel.protocol.deadlines import Deadlines, remaining_ms
+from mycel.protocol.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    LimitExceeded,
+    Refused,
+    RemoteProtocolError,
+    StreamReset,
+)
 from mycel.protocol.failure import decode_failure, lost
 from mycel.protocol.frame import CANCEL, ERROR, HEAD, HEAD_BYTES, REQUEST, RESPONSE, Frame, pack, split
 from mycel.protocol.inlet import Inlet
 from mycel.protocol.limits import CallLimits
 from mycel.protocol.mesh import Mesh, PeerId, Stream
-from mycel.protocol.message import Codec, MessageError
+from mycel.protocol.message import MessageError
 from mycel.protocol.method import Method
 from mycel.protocol.outlet import STREAM_GONE, Outlet, Spawn
 
@@ -33,63 +41,124 @@ class TooLarge(Exception):
         self.parts = parts
 
 
+class Alarm:
+    """Fails calls whose time has come: one task and one scope for all of a node's lines."""
+
+    def __init__(self) -> None:
+        self._deadlines = Deadlines()
+        self._scope: trio.CancelScope | None = None
+
+    async def run(self) -> None:
+        """Ring until cancelled."""
+        while True:
+            with trio.CancelScope(deadline=self._deadlines.next_at) as self._scope:
+                await trio.sleep_forever()
+            for pending in self._deadlines.due(trio.current_time()):
+                pending.expire()
+
+    def set(self, when: float, number: int, pending: Pending) -> None:
+        """Expire `pending` at `when` (trio time)."""
+        self._deadlines.add(when, number, pending)
+        if self._scope is not None and when < self._scope.deadline:
+            self._scope.deadline = when
+
+    def clear(self, pending: Pending) -> None:
+        """`pending` needs no deadline any more."""
+        self._deadlines.settle(pending)
+
+
 class Pending:
     """A call that waits for its answer."""
 
-    __slots__ = ("codec", "method", "size", "task")
+    __slots__ = ("codec", "is_settled", "line", "method", "number", "size", "task")
 
-    def __init__(self, task: trio.lowlevel.Task, codec: Codec[Any], method: str, size: int) -> None:
-        self.task = task
-        self.codec = codec
-        self.method = method
+    def __init__(self, line: Line, number: int, method: Method[Any, Any], size: int) -> None:
+        self.line = line
+        self.number = number
+        self.task = trio.lowlevel.current_task()
+        self.codec = codec_of(method.response)
+        self.method = method.name
         self.size = size
+        self.is_settled = True  # until a deadline watches over it
+
+    def expire(self) -> None:
+        """The deadline came before the answer."""
+        if self.line.give_up(self.number):
+            error = DeadlineExceeded(f"{self.method}: no answer from {self.line.peer} in time")
+            trio.lowlevel.reschedule(self.task, outcome.Error(error))
+
+    def abort(self, _: object) -> trio.lowlevel.Abort:
+        """The caller was cancelled."""
+        self.line.give_up(self.number)
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class Line:
     """One stream of small calls to one peer, until it is lost."""
 
-    def __init__(self, mesh: Mesh, stream: Stream, limits: CallLimits, spawn: Spawn) -> None:
+    def __init__(self, mesh: Mesh, stream: Stream, limits: CallLimits, spawn: Spawn, alarm: Alarm) -> None:
         self._mesh = mesh
-        self._peer: PeerId = stream.peer
+        self.peer: PeerId = stream.peer
         self._limits = limits
         self._outlet = Outlet(stream, spawn, limits.backlog_bytes)
         self._stream = stream
+        self._alarm = alarm
         self._pending: dict[int, Pending] = {}
         self._held = 0
         self._tail = b""
         self._scratch = bytearray()
         self._room = trio.lowlevel.ParkingLot()
+        self._spawn = spawn
+        self._is_retired = False
+        self.since = trio.current_time()
         self.lost: Exception | None = None
         stream.deliver_to(self._on_data)
 
-    async def ask(self, number: int, method: Method[Any, Any], request: Any, deadline_ms: int) -> Any:
-        """The answer to `request`. Raises as `Rpc.call`, or `TooLarge`; cancelling it cancels the handler."""
-        limits = self._limits
-        while self.lost is None and (
+    @property
+    def is_full(self) -> bool:
+        """Whether another call must wait for room."""
+        return (
             self._outlet.is_full
-            or len(self._pending) >= limits.in_flight
-            or self._held > limits.in_flight_bytes - limits.shared_bytes
-        ):
-            await self._wait_room()
-        data = self._encode(number, method, request, deadline_ms)
+            or len(self._pending) >= self._limits.in_flight
+            or self._held > self._limits.in_flight_bytes - self._limits.shared_bytes
+        )
+
+    async def wait_room(self) -> None:
+        """Wait until there may be room for another call, or the line is lost."""
+        if self._outlet.is_full:
+            await self._outlet.wait_room()
+        else:
+            await self._room.park()
+
+    async def ask(
+        self, number: int, method: Method[Any, Any], request: Any, deadline: float, is_watched: bool
+    ) -> Any:
+        """The answer to `request`. Raises as `Rpc.call`, or `TooLarge`; cancelling it cancels the handler.
+
+        `is_watched`: a cancel scope around the caller sees to the deadline (trio time), not this line.
+        """
+        data = self._encode(number, method, request, deadline)
         if self.lost is not None:
-            raise ConnectionLost(f"the line to {self._peer} is gone: {self.lost}", reason="reset")
-        size = len(data)
+            raise ConnectionLost(f"the line to {self.peer} is gone: {self.lost}", reason="reset")
+        pending = Pending(self, number, method, len(data))
         try:
             self._outlet.put(data)
         except StreamReset as error:
-            raise lost(error, self._peer, method.name) from error
-        task = trio.lowlevel.current_task()
-        self._pending[number] = Pending(task, codec_of(method.response), method.name, size)
-        self._held += size
+            raise lost(error, self.peer, method.name) from error
+        self._pending[number] = pending
+        self._held += pending.size
+        if not is_watched:
+            pending.is_settled = False
+            self._alarm.set(deadline, number, pending)
+        return await trio.lowlevel.wait_task_rescheduled(pending.abort)
 
-        def abort(_: object) -> trio.lowlevel.Abort:
-            if self._forget(number) is not None:
-                with suppress(*STREAM_GONE):  # then there is no handler left to cancel
-                    self._outlet.put(pack(CANCEL, number)[0])
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        return await trio.lowlevel.wait_task_rescheduled(abort)
+    def give_up(self, number: int) -> bool:
+        """Nobody waits for the answer any more: tell the peer. False where it came already."""
+        if self._forget(number) is None:
+            return False
+        with suppress(*STREAM_GONE):  # then there is no handler left to cancel
+            self._outlet.put(pack(CANCEL, number)[0])
+        return True
 
     async def take_answer(self, stream: Stream) -> None:
         """Receive from `stream` a large answer to one of this line's calls."""
@@ -102,14 +171,21 @@ class Line:
         if frame is not None and frame.kind == RESPONSE:
             self._on_frame(frame)
 
+    def retire(self) -> None:
+        """Close once the last answer came; the caller asks nothing more here."""
+        self._is_retired = True
+        if not self._pending:
+            self._spawn(self._stream.aclose)
+
     def close(self, error: Exception) -> None:
         """Fail all calls on the line."""
         self._end(error)
         self._stream.reset()
 
-    def _encode(self, number: int, method: Method[Any, Any], request: Any, deadline_ms: int) -> Any:
+    def _encode(self, number: int, method: Method[Any, Any], request: Any, deadline: float) -> Any:
         """The request's frame; in a buffer that the next call reuses, where it can be."""
         codec = codec_of(method.request)
+        deadline_ms = remaining_ms(deadline)
         name = method.name.encode()
         if codec.has_tensors:
             body, raws = codec.encode(request)
@@ -132,23 +208,20 @@ class Line:
             raise TooLarge([bytes(part) if part is self._scratch else part for part in parts])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _wait_room(self) -> None:
-        if self._outlet.is_full:
-            await self._outlet.wait_room()
-        else:
-            await self._room.park()
-
     def _forget(self, number: int) -> Pending | None:
         pending = self._pending.pop(number, None)
         if pending is not None:
             self._held -= pending.size
+            self._alarm.clear(pending)
             if self._room:
                 self._room.unpark()
+            if self._is_retired and not self._pending:
+                self._spawn(self._stream.aclose)
         return pending
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
         if chunk is None:
-            self._end(error or StreamReset(f"{self._peer} ended the line"))
+            self._end(error or StreamReset(f"{self.peer} ended the line"))
             return
         if self._tail:
             chunk = memoryview(self._tail + bytes(chunk))
@@ -159,7 +232,7 @@ class Line:
                 self._on_frame(frame)
         except RemoteProtocolError as broken:
             self._end(broken)
-            self._mesh.disconnect(self._peer, str(broken))
+            self._mesh.disconnect(self.peer, str(broken))
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind not in (RESPONSE, ERROR):
@@ -175,7 +248,7 @@ class Line:
                 result = outcome.Error(decode_failure(frame.body))
         except MessageError as error:
             result = outcome.Error(
-                RemoteProtocolError(f"{self._peer} answered {pending.method} with: {error}")
+                RemoteProtocolError(f"{self.peer} answered {pending.method} with: {error}")
             )
         trio.lowlevel.reschedule(pending.task, result)
 
@@ -185,7 +258,8 @@ class Line:
         self.lost = error
         pending, self._pending = self._pending, {}
         for each in pending.values():
-            failed = lost(error, self._peer, each.method) if isinstance(error, StreamReset) else error
+            self._alarm.clear(each)
+            failed = lost(error, self.peer, each.method) if isinstance(error, StreamReset) else error
             trio.lowlevel.reschedule(each.task, outcome.Error(copy_of(failed)))
         self._room.unpark_all()
 

@@ -36,10 +36,14 @@ def codec_of(message: Any) -> Codec[Any]:
 class Served:
     """A method with its handler."""
 
-    __slots__ = ("handler", "method", "mode", "request", "response")
+    __slots__ = ("access", "handler", "method", "mode", "name", "request", "response")
 
     def __init__(self, method: Method[Any, Any], handler: Callable[..., Any], mode: Mode) -> None:
         self.method = method
+        self.name = method.name
+        self.access = method.access
+        self.name = method.name
+        self.access = method.access
         self.handler = handler
         self.mode = mode
         self.request = codec_of(method.request)
@@ -74,9 +78,9 @@ class CallBook:
             return served, Access.ADMIN
         info = self._mesh.peers.get(peer)
         access = Access.STRANGER if info is None else info.access
-        if access < served.method.access:
-            need, have = served.method.access.name.lower(), access.name.lower()
-            text = f"{served.method.name} needs the role {need}, you have {have}; ask for a ticket with it"
+        if access < served.access:
+            need, have = served.access.name.lower(), access.name.lower()
+            text = f"{served.name} needs the role {need}, you have {have}; ask for a ticket with it"
             return Failure("refused", "access", text)
         return served, access
 

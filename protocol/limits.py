@@ -108,6 +108,10 @@ class CallLimits:
     request_s: float = 10.0
     """How long a call's own stream may take to bring the first 20 bytes of its request."""
 
+    line_s: float = 30.0
+    """Age at which the shared stream is replaced. It would keep a connection open that was given up for
+    another one."""
+
     retry_s: float = 1.0
     """How long a call that may be asked again waits for the lost peer to be back, deadline permitting."""
 

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import msgspec
 import trio
 
 from mycel.protocol.errors import LocalProtocolError
@@ -70,8 +71,7 @@ class Method(Generic[Req, Res]):
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """What a handler is told of the call it serves."""
 
     peer: PeerId

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from mycel.protocol.call_line import Line, TooLarge
+from mycel.protocol.call_line import Alarm, Line, TooLarge
 from mycel.protocol.call_single import CallStream
 from mycel.protocol.callbook import CallBook
+from mycel.protocol.deadlines import remaining_ms
 from mycel.protocol.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -33,7 +34,6 @@ from mycel.protocol.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from mycel.protocol.frame import NO_DEADLINE
 from mycel.protocol.limits import DEFAULT_CALL_LIMITS, CallLimits
 from mycel.protocol.loop import loop_pair
 from mycel.protocol.mesh import Access, Buffer, Mesh, PeerId, PeerUp, Stream
@@ -55,6 +55,7 @@ class Rpc:
         self._mesh = mesh
         self._limits = limits
         self._book = CallBook(mesh)
+        self._alarm = Alarm()
         self._shop = Shop(mesh, self._book, limits)
         self._numbers = itertools.count(1)
         self._lines: dict[PeerId, Line] = {}
@@ -71,6 +72,8 @@ class Rpc:
         async with trio.open_nursery() as nursery:
             self._shop.nursery = nursery
             try:
+                nursery.start_soon(self._alarm.run)
+                nursery.start_soon(self._retire_lines)
                 task_status.started()
                 while True:
                     await self._watch_peers()
@@ -109,19 +112,26 @@ class Rpc:
         """
         if method.kind is not Kind.UNARY:
             raise LocalProtocolError(f"{method.name} is a {method.kind.value} method; open it with stream()")
-        deadline = self._deadline(method, deadline_s)
-        ask = self._ask_single if fresh or peer == self._mesh.peer_id else self._ask_line
-        began = trio.current_time()
-        response: Res
-        with trio.CancelScope(deadline=deadline):
+        deadline, is_watched = self._deadline(method, deadline_s)
+        line = self._lines.get(peer)
+        large: list[Buffer] | None = None
+        if line is not None and not (fresh or method.idempotent or line.is_full or line.lost):
             try:
-                response = await ask(peer, method, request, deadline)
+                answer: Res = await line.ask(next(self._numbers), method, request, deadline, is_watched)
+                return answer
+            except TooLarge as too_large:
+                large = too_large.parts
+        if large is None and (fresh or peer == self._mesh.peer_id):
+            large = []
+        with trio.CancelScope(deadline=math.inf if is_watched else deadline):
+            try:
+                answer = await self._ask(peer, method, request, deadline, large)
             except ConnectionLost:
                 if not method.idempotent or not await self._is_back(peer):
                     raise
-                response = await ask(peer, method, request, deadline)
-            return response
-        raise DeadlineExceeded(f"{method.name}: no answer from {peer} within {deadline - began:.3g} s")
+                answer = await self._ask(peer, method, request, deadline, large)
+            return answer
+        raise DeadlineExceeded(f"{method.name}: no answer from {peer} in time")
 
     def stream(
         self,
@@ -146,9 +156,8 @@ class Rpc:
     async def _open_call(
         self, peer: PeerId, method: Method[Req, Res], request: Req | None, deadline_s: float | None
     ) -> AsyncIterator[CallStream[Req, Res]]:
-        deadline = self._deadline(method, deadline_s)
-        began = trio.current_time()
-        with trio.CancelScope(deadline=deadline):
+        deadline, is_watched = self._deadline(method, deadline_s)
+        with trio.CancelScope(deadline=math.inf if is_watched else deadline):
             stream = await self._open(peer, SINGLE)
             call = CallStream(stream, next(self._numbers), method, self._limits)
             try:
@@ -159,45 +168,57 @@ class Rpc:
                 call.reset()
                 raise
             return
-        raise DeadlineExceeded(f"{method.name}: not done with {peer} within {deadline - began:.3g} s")
+        raise DeadlineExceeded(f"{method.name}: not done with {peer} in time")
 
-    def _deadline(self, method: Method[Any, Any], deadline_s: float | None) -> float:
+    def _deadline(self, method: Method[Any, Any], deadline_s: float | None) -> tuple[float, bool]:
+        """The call's deadline (trio time), and whether a scope around the caller ends it then."""
         around = trio.current_effective_deadline()
         if deadline_s is not None:
-            return min(around, trio.current_time() + deadline_s)
+            own = trio.current_time() + deadline_s
+            return (own, False) if own < around else (around, True)
         if around == math.inf:
             raise LocalProtocolError(
                 f"{method.name}: give deadline_s, or call within a cancel scope that has one"
             )
-        return around
+        return around, True
 
-    async def _ask_line(self, peer: PeerId, method: Method[Any, Any], request: Any, deadline: float) -> Any:
-        line = self._lines.get(peer)
-        if line is None or line.lost is not None:
-            line = await self._open_line(peer)
-        try:
-            return await line.ask(next(self._numbers), method, request, remaining_ms(deadline))
-        except TooLarge as large:
-            return await self._ask_parts(peer, method, large.parts)
-
-    async def _ask_single(self, peer: PeerId, method: Method[Any, Any], request: Any, deadline: float) -> Any:
+    async def _ask(
+        self,
+        peer: PeerId,
+        method: Method[Any, Any],
+        request: Any,
+        deadline: float,
+        single: list[Buffer] | None,
+    ) -> Any:
+        """Ask once, under a cancel scope that sees to the deadline. `single` is None for the line, else the
+        request's frame for a stream of its own, empty where it is still to be made.
+        """
+        if single is None:
+            line = await self._usable_line(peer)
+            try:
+                return await line.ask(next(self._numbers), method, request, deadline, True)
+            except TooLarge as large:
+                single = large.parts
         stream = await self._open(peer, SINGLE)
         call = CallStream(stream, next(self._numbers), method, self._limits)
-        return await self._finish_single(call, call.begin_frame(remaining_ms(deadline), request))
-
-    async def _ask_parts(self, peer: PeerId, method: Method[Any, Any], parts: list[Buffer]) -> Any:
-        stream = await self._open(peer, SINGLE)
-        return await self._finish_single(CallStream(stream, 0, method, self._limits), parts)
-
-    async def _finish_single(self, call: CallStream[Any, Any], parts: list[Buffer]) -> Any:
         try:
-            await call.begin(parts)
+            await call.begin(single or call.begin_frame(remaining_ms(deadline), request))
             response = await call.receive()
             await call.finish()
         except BaseException:
             call.reset()
             raise
         return response
+
+    async def _usable_line(self, peer: PeerId) -> Line:
+        """The line to `peer`, opened where there is none, with room for a call."""
+        while True:
+            line = self._lines.get(peer)
+            if line is None or line.lost is not None:
+                line = await self._open_line(peer)
+            if not line.is_full:
+                return line
+            await line.wait_room()
 
     async def _open(self, peer: PeerId, protocol: str) -> Stream:
         if peer != self._mesh.peer_id:
@@ -211,7 +232,8 @@ class Rpc:
             line = self._lines.get(peer)
             if line is None or line.lost is not None:
                 stream = await self._mesh.open_stream(peer, LINE)
-                line = self._lines[peer] = Line(self._mesh, stream, self._limits, self._shop.spawn)
+                line = Line(self._mesh, stream, self._limits, self._shop.spawn, self._alarm)
+                self._lines[peer] = line
         return line
 
     async def _is_back(self, peer: PeerId) -> bool:
@@ -233,6 +255,15 @@ class Rpc:
         except LimitExceeded:  # too far behind: look again from the start
             for peer in [peer for peer in self._lines if peer not in self._mesh.peers]:
                 self._forget(peer)
+
+    async def _retire_lines(self) -> None:
+        """Replace lines from time to time: a connection given up for another closes once it has no stream."""
+        while True:
+            await trio.sleep(self._limits.line_s)
+            for peer, line in list(self._lines.items()):
+                if trio.current_time() - line.since >= self._limits.line_s:
+                    del self._lines[peer]
+                    line.retire()
 
     def _forget(self, peer: PeerId) -> None:
         line = self._lines.get(peer)
@@ -272,11 +303,3 @@ class Rpc:
             return
         except RemoteProtocolError as error:
             self._mesh.disconnect(stream.peer, str(error))
-
-
-def remaining_ms(deadline: float) -> int:
-    """What a deadline (trio time) leaves, as it travels: at least 1 ms, rounded up."""
-    if deadline == math.inf:
-        return NO_DEADLINE
-    left_s = max(deadline - trio.current_time(), 0.0)  # minus infinity in a scope that is cancelled
-    return min(max(math.ceil(left_s * 1000), 1), NO_DEADLINE - 1)

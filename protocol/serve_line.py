@@ -40,6 +40,7 @@ from mycel.protocol.mesh import Mesh, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
 from mycel.protocol.outlet import STREAM_GONE, Outlet
+from mycel.protocol.workers import Worker, Workers
 
 LINE = "/mycel/calls/1"
 ANSWER = "/mycel/answer/1"
@@ -50,7 +51,7 @@ log = logging.getLogger("mycel.rpc")
 class Shop:
     """What serving needs of its surroundings, shared by all lines of a node."""
 
-    __slots__ = ("book", "limits", "mesh", "nursery", "scratch", "threads")
+    __slots__ = ("book", "limits", "mesh", "nursery", "scratch", "threads", "workers")
 
     def __init__(self, mesh: Mesh, book: CallBook, limits: CallLimits) -> None:
         self.mesh = mesh
@@ -59,6 +60,7 @@ class Shop:
         self.threads = trio.CapacityLimiter(limits.threads)
         self.scratch = bytearray()
         self.nursery: trio.Nursery | None = None
+        self.workers = Workers(self.spawn)
 
     def spawn(self, function: Any, *args: Any) -> None:
         """Start a task under the node's calls."""
@@ -95,15 +97,17 @@ def to_deadline(deadline_ms: int) -> float:
 class LineServer:
     """One peer's line."""
 
+    __slots__ = ("_held", "_over", "_peer", "_running", "_shop", "_stream", "_tail", "outlet")
+
     def __init__(self, shop: Shop, stream: Stream) -> None:
         self._shop = shop
         self._stream = stream
         self._peer = stream.peer
-        self._running: dict[int, trio.CancelScope] = {}
+        self._running: dict[int, Worker] = {}
         self._held = 0
         self._tail = b""
-        self._outlet = Outlet(stream, shop.spawn, shop.limits.backlog_bytes)
         self._over = trio.Event()
+        self.outlet = Outlet(stream, shop.spawn, shop.limits.backlog_bytes)
 
     async def run(self) -> None:
         """Serve until the peer ends the line or it is lost; then its running calls are cancelled."""
@@ -111,8 +115,8 @@ class LineServer:
         try:
             await self._over.wait()
         finally:
-            for scope in self._running.values():
-                scope.cancel()
+            for worker in self._running.values():
+                worker.cancel()
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
         if chunk is None:
@@ -127,9 +131,9 @@ class LineServer:
                 if frame.kind == REQUEST:
                     self._on_request(frame)
                 elif frame.kind == CANCEL:
-                    scope = self._running.get(frame.call)
-                    if scope is not None:
-                        scope.cancel()
+                    worker = self._running.get(frame.call)
+                    if worker is not None:
+                        worker.cancel()
                 else:
                     raise RemoteProtocolError(f"frame of kind {frame.kind} from a caller")
         except RemoteProtocolError as broken:
@@ -138,66 +142,66 @@ class LineServer:
 
     def _on_request(self, frame: Frame) -> None:
         shop = self._shop
+        number = frame.call
         found = shop.book.find(frame.name, self._peer)
         if isinstance(found, Failure):
-            self._refuse(frame.call, found)
+            self.refuse(number, found)
             return
         served, access = found
-        method = served.method
-        size = frame.size
-        if method.kind is not Kind.UNARY:
-            text = f"{method.name} is a {method.kind.value} method; open it with stream()"
-            self._refuse(frame.call, Failure("error", BAD_REQUEST, text))
+        limits = shop.limits
+        if served.method.kind is not Kind.UNARY:
+            text = f"{served.name} is a {served.method.kind.value} method; open it with stream()"
+            self.refuse(number, Failure("error", BAD_REQUEST, text))
             return
-        if len(self._running) >= shop.limits.in_flight or self._held + size > shop.limits.in_flight_bytes:
+        if len(self._running) >= limits.in_flight or self._held + frame.size > limits.in_flight_bytes:
             text = f"{len(self._running)} calls with {self._held} bytes in flight already; slow down"
-            self._refuse(frame.call, Failure("refused", "busy", text))
+            self.refuse(number, Failure("refused", "busy", text))
             return
-        if frame.call in self._running:
-            raise RemoteProtocolError(f"call {frame.call} asked twice")
+        if number in self._running:
+            raise RemoteProtocolError(f"call {number} asked twice")
         try:
             request = served.request.decode(frame.body, frame.raws, owned=False)
         except MessageError as error:
-            self._refuse(frame.call, bad_request(method.name, error, shop.limits.error_text))
+            self.refuse(number, bad_request(served.name, error, limits.error_text))
             return
-        call = Call(self._peer, access, method.name, to_deadline(frame.deadline_ms))
-        if served.mode is Mode.INLINE and not self._outlet.is_full:
-            self._answer_now(frame.call, served, call, request)
+        call = Call(self._peer, access, served.name, to_deadline(frame.deadline_ms))
+        if served.mode is Mode.INLINE and not self.outlet.is_full:
+            self._answer_now(number, served, call, request)
             return
-        scope = self._running[frame.call] = trio.CancelScope(deadline=call.deadline)
-        self._held += size
-        shop.spawn(self._answer, frame.call, served, call, request, scope, size)
+        self._held += frame.size
+        self._running[number] = shop.workers.start(LineJob(self, number, served, call, request, frame.size))
 
     def _answer_now(self, number: int, served: Served, call: Call, request: Any) -> None:
         try:
             response = served.handler(call, request)
         except Exception as error:  # boundary: a handler's failure is its call's answer
-            self._refuse(number, report(call, error, self._shop.limits))
+            self.refuse(number, report(call, error, self._shop.limits))
             return
         parts = self._reply(number, served, call, response)
         if parts is not None:
             self._shop.spawn(self._answer_apart, parts)
 
-    async def _answer(
-        self, number: int, served: Served, call: Call, request: Any, scope: trio.CancelScope, size: int
-    ) -> None:
+    async def answer(self, number: int, served: Served, call: Call, request: Any) -> None:
+        """Run the handler and send what comes of it."""
         try:
-            with scope:
-                try:
-                    response = await run_unary(self._shop, served, call, request)
-                except Exception as error:  # boundary: a handler's failure is its call's answer
-                    self._refuse(number, report(call, error, self._shop.limits))
-                    return
-                if self._outlet.is_full:
-                    await self._outlet.wait_room()
-                parts = self._reply(number, served, call, response)
-                if parts is not None:
-                    await self._answer_apart(parts)
-            if scope.cancelled_caught and trio.current_time() >= call.deadline:
-                self._refuse(number, deadline_failure(call.method))
-        finally:
-            del self._running[number]
-            self._held -= size
+            response = await run_unary(self._shop, served, call, request)
+        except Exception as error:  # boundary: a handler's failure is its call's answer
+            self.refuse(number, report(call, error, self._shop.limits))
+            return
+        if self.outlet.is_full:
+            await self.outlet.wait_room()
+        parts = self._reply(number, served, call, response)
+        if parts is not None:
+            await self._answer_apart(parts)
+
+    def forget(self, number: int, size: int) -> None:
+        """The call is answered or cancelled."""
+        del self._running[number]
+        self._held -= size
+
+    def refuse(self, number: int, failure: Failure) -> None:
+        """Answer with a failure."""
+        self._put(pack(ERROR, number, encode_failure(failure))[0])
 
     def _reply(self, number: int, served: Served, call: Call, response: Any) -> list[Any] | None:
         """Answer on the line, or return the frame's parts where it is too large for that."""
@@ -206,24 +210,24 @@ class LineServer:
             if served.response.has_tensors:
                 body, raws = served.response.encode(response)
                 parts = pack(RESPONSE, number, body, raws)
+                total = sum(len(part) for part in parts)
             else:
                 buffer = shop.scratch
                 served.response.encode_into(response, buffer, HEAD_BYTES)
-                size = len(buffer) - HEAD_BYTES
-                HEAD.pack_into(buffer, 0, size, RESPONSE, 0, 0, number, 0)
+                total = len(buffer)
+                HEAD.pack_into(buffer, 0, total - HEAD_BYTES, RESPONSE, 0, 0, number, 0)
                 parts = [buffer]
         except Exception as error:  # boundary: what a handler returned cannot be encoded
-            self._refuse(number, report(call, error, shop.limits))
+            self.refuse(number, report(call, error, shop.limits))
             return None
-        total = sum(len(part) for part in parts) - HEAD_BYTES
+        if total - HEAD_BYTES <= shop.limits.shared_bytes:
+            self._put(parts[0] if len(parts) == 1 else b"".join(parts))
+            return None
         if total > shop.limits.message_bytes:
             text = f"{call.method}: the answer has {total} bytes, more than {shop.limits.message_bytes}"
-            self._refuse(number, Failure("error", "LimitExceeded", text))
+            self.refuse(number, Failure("error", "LimitExceeded", text))
             return None
-        if total > shop.limits.shared_bytes:
-            return [bytes(part) if part is shop.scratch else part for part in parts]
-        self._put(parts[0] if len(parts) == 1 else b"".join(parts))
-        return None
+        return [bytes(part) if part is shop.scratch else part for part in parts]
 
     async def _answer_apart(self, parts: list[Any]) -> None:
         """Send a large answer on a stream of its own, so that it holds up no other."""
@@ -239,9 +243,35 @@ class LineServer:
         except STREAM_GONE:  # the line's loss tells the caller; a lone reset means it does not wait any more
             pass
 
-    def _refuse(self, number: int, failure: Failure) -> None:
-        self._put(pack(ERROR, number, encode_failure(failure))[0])
-
     def _put(self, data: Any) -> None:
         with suppress(*STREAM_GONE):  # the receiver above is told as well, and ends the line
-            self._outlet.put(data)
+            self.outlet.put(data)
+
+
+class LineJob:
+    """One request on a line, for a worker."""
+
+    __slots__ = ("_call", "_line", "_number", "_request", "_served", "_size", "deadline")
+
+    def __init__(
+        self, line: LineServer, number: int, served: Served, call: Call, request: Any, size: int
+    ) -> None:
+        self._line = line
+        self._number = number
+        self._served = served
+        self._call = call
+        self._request = request
+        self._size = size
+        self.deadline = call.deadline
+
+    async def run(self) -> None:
+        """See `workers.Job`."""
+        try:
+            await self._line.answer(self._number, self._served, self._call, self._request)
+        finally:
+            self._line.forget(self._number, self._size)
+
+    def on_cancelled(self) -> None:
+        """See `workers.Job`."""
+        if trio.current_time() >= self.deadline:
+            self._line.refuse(self._number, deadline_failure(self._call.method))
