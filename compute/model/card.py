@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from mycel.compute.engine import ModelCard, ModelUnsupported
 from mycel.compute.model import checkpoint, survey
 from mycel.compute.model.cache import LayerPlan, plan_layers
+from mycel.compute.model.quiet import quiet_transformers
 
 POSITIONS_UNBOUNDED = 1 << 30
 """Said of models whose config names no longest context (recurrent ones)."""
@@ -77,16 +77,13 @@ def describe(model: str) -> Described:
 
 def read_config(source: checkpoint.Source) -> PretrainedConfig:
     """The model's config; code that a repository ships is never run."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(source.directory), local_files_only=True, trust_remote_code=False
-        )
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                str(source.directory), local_files_only=True, trust_remote_code=False
+            )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise ModelUnsupported(f"{source.name}: config.json cannot be used ({error})") from error
-    finally:
-        transformers_logging.set_verbosity(before)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

@@ -8,10 +8,9 @@ Weights on the CPU stay mapped from the files: files of a model in use must not 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,12 +19,12 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import logging as transformers_logging
 
 from mycel.compute.engine import ModelUnsupported, Span, StageInfo, StageSpec
 from mycel.compute.model import checkpoint, split, survey
 from mycel.compute.model.card import DTYPES, Described, describe
 from mycel.compute.model.forward import Forward
+from mycel.compute.model.quiet import quiet_transformers
 from mycel.compute.model.stage import Stage
 from mycel.compute.model.trial import try_out
 
@@ -138,9 +137,7 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
             handle.__exit__(None, None, None)
     check_complete(name, model, report)
     loaded: PreTrainedModel = model
-    loaded.eval()
-    loaded.requires_grad_(False)
-    return loaded
+    return loaded.eval()  # requires_grad stays set: torch.matmul folds by it, and that shows in the last bit
 
 
 def wanted_tensors(
@@ -181,18 +178,3 @@ def check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) ->
             raise ModelUnsupported(
                 f"{name}: {kind} {left[0]} was not in the checkpoint nor made by the model"
             )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar and no loading report: what is wrong is raised, not logged."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

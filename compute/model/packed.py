@@ -114,10 +114,13 @@ class PackedCache(DynamicCache):
         return torch.cat(results, dim=1)
 
     def mask(self, index: int, visible: int, query: torch.Tensor) -> torch.Tensor | None:
-        """[1, 1, rows, visible] of what session `index`'s new rows may see; None if everything, causally."""
+        """[1, 1, rows, visible] of what session `index`'s new rows may see; None if that needs no mask.
+
+        One row sees all its cache holds, save in chunked attention; sdpa without a mask is causal by itself.
+        """
         plan, rows = self.plans[self.layer], self.counts[index]
-        chunked = plan.kind == "chunked_attention"
-        if not chunked and (rows == 1 or (plan.window is None and visible == rows)):
+        first_rows = plan.window is None and visible == rows and self.usual == "sdpa"
+        if plan.kind != "chunked_attention" and (rows == 1 or first_rows):
             return None
         key = (index, plan.kind, plan.window)
         if key not in self._masks:

@@ -133,10 +133,19 @@ class Stage:
                 groups.append([index])
                 continue
             batches = packed.setdefault(work.span, [[]])
-            if sum(row_count(works[i]) for i in batches[-1]) + rows > PACKED_ROWS_MAX:
+            if not self._fits([works[i] for i in batches[-1]], work):
                 batches.append([])
             batches[-1].append(index)
         return groups + [batch for batches in packed.values() for batch in batches]
+
+    def _fits(self, batch: Sequence[Work], work: Work) -> bool:
+        """Whether `work` can join the packed forward of `batch`."""
+        joined = [*batch, work]
+        rows = sum(row_count(each) for each in joined)
+        cached = sum(each.position for each in joined) + rows
+        if self._trial.way == "masked" and cached > self.info.card.max_positions:
+            return not batch  # the model sees all cached rows in sequence, and has tables for so many only
+        return rows <= PACKED_ROWS_MAX
 
     def _check(self, work: Work) -> int:
         """The work's rows, if it makes sense here; raises `WorkRefused`."""

@@ -6,22 +6,22 @@ made in milliseconds. Their text is noise; their arithmetic is the family's.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mycel.compute.model.quiet import quiet_transformers
+
 _SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
 _GATED: dict[str, Any] = _SMALL | {"num_key_value_heads": 2, "intermediate_size": 48}
-_SLIDING = ["sliding_attention", "full_attention"] * 2
+_SLIDING = ["sliding_attention", "full_attention"]
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _GATED,
@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "layer_types": ["linear_attention", "full_attention"],
     },
     "mistral": _GATED | {"sliding_window": 8},
     "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _GATED
     | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
     "gpt2": _SMALL,
-    "gpt_neo": _SMALL | {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gpt_neo": _SMALL | {"window_size": 8},
     "gpt_neox": _SMALL | {"intermediate_size": 48},
     "gptj": _SMALL | {"rotary_dim": 4},
     "opt": _SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": _SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon-alibi": _SMALL
     | {"model_type": "falcon", "alibi": True, "multi_query": False, "parallel_attn": False},
-    "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
+    "mpt": {"vocab_size": 96, "d_model": 32, "n_heads": 4, "max_seq_len": 64},
     "phi": _GATED,
     "phi3": _GATED | {"pad_token_id": 0},
     "starcoder2": _GATED | {"sliding_window": 8},
@@ -97,40 +97,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 1,
         "attention_chunk_size": 8,
-        "layer_types": ["chunked_attention", "full_attention"] * 2,
+        "layer_types": ["chunked_attention", "full_attention"],
         "pad_token_id": 0,
     },
-    "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 8},
+    "mamba": {"vocab_size": 96, "hidden_size": 32, "state_size": 8},
 }  # fmt: skip
-"""Settings of one tiny model per family; the key is the model type unless the settings name one."""
+"""Settings of one tiny model per family; the key is the model type unless the settings name one. Layer types
+repeat over the layers."""
 
 
 def tiny_model(
-    path: Path, family: str = "llama", seed: int = 0, shard_size: str = "50GB", **settings: Any
+    path: Path,
+    family: str = "llama",
+    seed: int = 0,
+    layers: int = 4,
+    shard_size: str = "50GB",
+    **settings: Any,
 ) -> Path:
     """Write a random model of `family` (a key of `FAMILIES`) to the directory `path`; returns `path`.
 
     `settings` override the family's; `shard_size` ("20KB") cuts the checkpoint into several files.
     """
-    chosen = FAMILIES[family] | settings
+    chosen = FAMILIES[family] | {"num_hidden_layers": layers} | settings
     model_type = chosen.pop("model_type", family)
-    config = AutoConfig.for_model(model_type, **chosen)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():  # spread out: fresh initialisation makes every token alike
-            torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
-    model.save_pretrained(path, max_shard_size=shard_size)
+    if "layer_types" in chosen:
+        pattern = chosen["layer_types"]
+        chosen["layer_types"] = [
+            pattern[index % len(pattern)] for index in range(chosen["num_hidden_layers"])
+        ]
+    if model_type == "gpt_neo":
+        chosen["attention_types"] = [[["global", "local"], chosen["num_hidden_layers"] // 2]]
+    with quiet_transformers():
+        config = AutoConfig.for_model(model_type, **chosen)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():  # spread out: fresh initialisation makes every token alike
+                torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+        model.save_pretrained(path, max_shard_size=shard_size)
     return path
 
 
 def tiny_llama(path: Path, seed: int = 0, **settings: Any) -> Path:
     """A random Llama of 4 layers, 32 wide, 96 tokens of vocabulary, at the directory `path`."""
     return tiny_model(path, "llama", seed, **settings)
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Which file of a checkpoint directory holds which tensor, where the checkpoint has several files."""
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    weights: dict[str, str] = index["weight_map"]
-    return weights

@@ -32,7 +32,7 @@ class Trial:
 
 
 def try_out(forward: Forward, span: Span, width: int, vocab: int) -> Trial:
-    """Run the stage over `span` of a model `width` wide. Raises `ModelUnsupported` if it cannot run at all."""
+    """Run the stage over `span` of a model `width` wide. Raises `ModelUnsupported` if it cannot run."""
     probe = Probe(forward, span, width, vocab)
     cache = SessionCache(forward.plans, span)
     try:
@@ -83,17 +83,18 @@ class Probe:
         return self.forward.alone(self.span, self.inputs(rows, seed), cache)[-1]
 
     def packs(self, way: Way, seed: int) -> bool:
-        """Whether two sessions, packed that way, get what each gets alone, up to rounding."""
-        past, new = (5, 2), (1, 3)
-        seeds = (seed * 100, seed * 100 + 50)
+        """Whether three sessions, packed that way, get what each gets alone, up to rounding."""
+        past, new = (5, 0, 2), (1, 2, 3)
+        seeds = (seed * 100, seed * 100 + 30, seed * 100 + 60)
         alone = [SessionCache(self.forward.plans, self.span) for _ in past]
         together = [SessionCache(self.forward.plans, self.span) for _ in past]
         expected = []
         for index, own_seed in enumerate(seeds):
-            self.alone(alone[index], past[index], own_seed)
-            self.alone(together[index], past[index], own_seed)
+            if past[index]:
+                self.alone(alone[index], past[index], own_seed)
+                self.alone(together[index], past[index], own_seed)
             expected.append(self.alone(alone[index], new[index], own_seed + 1))
-        rows = torch.cat([self.inputs(new[index], seeds[index] + 1) for index in (0, 1)], dim=1)
+        rows = torch.cat([self.inputs(new[index], seeds[index] + 1) for index in range(len(past))], dim=1)
         try:
             outs = self.forward.packed(self.span, rows, together, new, way)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, ModelUnsupported):
