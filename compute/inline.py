@@ -96,7 +96,8 @@ class InlineEngine:
             self._broken.set()
 
     async def aclose(self) -> None:
-        self._close()
+        if not self._broken.is_set():
+            self.break_down("it was closed")
         await trio.lowlevel.checkpoint()
 
     def _close(self) -> None:
