@@ -67,7 +67,7 @@ class Piece(msgspec.Struct, frozen=True):
     """Set on the last piece: "stop" (a stop token or string) or "length"."""
 
 
-class RouteStage(msgspec.Struct, frozen=True):
+class RouteStage(msgspec.Struct, frozen=True, order=True):
     """Who runs which layers of a session."""
 
     peer: PeerId

@@ -314,6 +314,8 @@ class StageSession:
         if peer not in targets or (not self.flowing and kind == "link"):
             return []
         self.flowing = False
+        if peer == self.owner:
+            return []  # no way to tell; the owner misses its tokens by itself
         return [self.notice(kind, peer, text)]
 
     # --- words

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,7 +122,7 @@ class Swarm:
         """An owner without layers, then one node per piece of the model, then spares that hold all of it."""
         owner = await self.add(**options)  # type: ignore[arg-type]
         nodes = [owner]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             node = await self.add()
             await node.serve(model, start, end)
             nodes.append(node)
@@ -184,7 +186,8 @@ def llama(model_of: Callable[[str], Path]) -> Path:
 def reference() -> Reference:
     """Greedy continuation by transformers' own generate() on the unsplit model."""
 
-    def generate(model: Path, prompt: Sequence[int], count: int) -> list[int]:
+    @cache
+    def generate(model: Path, prompt: tuple[int, ...], count: int) -> list[int]:
         whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
