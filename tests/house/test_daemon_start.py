@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "numpy", "libp2p", "pytest")
-TENSOR_SIDE = ("compute/model", "compute/inline.py", "compute/worker_main.py")
+TENSOR_SIDE = ("compute/model", "compute/inline.py", "compute/worker_main.py", "compute/worker_serve.py")
 
 
 def loaded_by(modules: list[str]) -> list[str]:
