@@ -14,12 +14,14 @@ that resolves to 127.0.0.1 (DNS rebinding).
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import importlib
 import json
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import hypercorn.config
@@ -57,9 +59,9 @@ async def serve_web(
     reach = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, shown)
     node.api = f"http://{reach}:{port}/v1"
     token = node.host.entropy(24).hex()
-    where = {"url": f"http://{reach}:{port}", "token": token}
+    told = json.dumps({"url": f"http://{reach}:{port}", "token": token}).encode()
     path = config.home / API_FILE
-    write_private(path, json.dumps(where).encode(), replace=True)
+    write_private(path, told, replace=True)
     front = Front(node, token)
     settings = hypercorn.config.Config()
     settings.bind = [f"fd://{listener.detach()}"]
@@ -72,7 +74,7 @@ async def serve_web(
             task_status.started(f"http://{reach}:{port}")
             await front.load_openai()
     finally:
-        path.unlink(missing_ok=True)
+        _unlink_own(path, told)
 
 
 async def _serve(
@@ -82,6 +84,13 @@ async def _serve(
     task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     await hypercorn.trio.serve(front, settings, mode="asgi", task_status=task_status)  # type: ignore[arg-type]
+
+
+def _unlink_own(path: Path, told: bytes) -> None:
+    """Remove the file unless a newer node wrote it."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == told:
+            path.unlink()
 
 
 def bind(config: Config, memory: Memory) -> socket.socket:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mycel.compute.tokenizer import byte_level_tokenizer_files
@@ -64,6 +65,7 @@ def trained_model(training: Training, cache: Path, progress: Progress) -> tuple[
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     model, loss = train(training, corpus(), progress)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     for name, content in byte_level_tokenizer_files().items():
         (folder / name).write_bytes(content)
