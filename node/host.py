@@ -30,7 +30,7 @@ from mycel.node.roster import Roster
 from mycel.node.settle import Membership, Settling
 from mycel.node.stream import HostStream
 from mycel.protocol import noise, yamux
-from mycel.protocol.address import endpoint_of
+from mycel.protocol.address import endpoint_of, tcp_addr
 from mycel.protocol.connection import Setup
 from mycel.protocol.errors import (
     ConnectionLost,
@@ -99,15 +99,18 @@ class Host:
     @property
     def listen_addrs(self) -> Sequence[Multiaddr]:
         """See `Mesh.listen_addrs`. A wildcard address stands for every address of this machine."""
-        addrs = []
+        return [Multiaddr(f"{addr}/p2p/{self.peer_id}") for addr in self.bound_addrs]
+
+    @property
+    def bound_addrs(self) -> Sequence[Multiaddr]:
+        """`listen_addrs` without the peer id."""
+        addrs: list[Multiaddr] = []
         for listener in self._listeners:
             end = endpoint_of(listener.addr)
-            hosts = [end.host]
+            hosts: Sequence[str] = [end.host]
             if end.host in ("0.0.0.0", "::"):
                 hosts = [ip for ip in self._network.local_ips() if (":" in ip) == (":" in end.host)]
-            for host in hosts:
-                kind = "ip6" if ":" in host else "ip4"
-                addrs.append(Multiaddr(f"/{kind}/{host}/tcp/{end.port}/p2p/{self.peer_id}"))
+            addrs.extend(tcp_addr(host, end.port) for host in hosts)
         return addrs
 
     @property

@@ -57,7 +57,7 @@ class Node(Protocol):
     limits: Limits
 
     @property
-    def listen_addrs(self) -> Sequence[Multiaddr]: ...
+    def bound_addrs(self) -> Sequence[Multiaddr]: ...
 
     @property
     def protocols(self) -> Sequence[str]: ...
@@ -87,6 +87,8 @@ class Settling:
         self._membership = membership
         self._default_access = default_access
         self._seq = 0
+        self._record = b""
+        self._record_addrs: tuple[Multiaddr, ...] | None = None
         self.stale = False
         """Whether peers know less of this node than there is to know."""
         self.observed: dict[PeerId, Multiaddr] = {}
@@ -214,20 +216,19 @@ class Settling:
 
     def _message(self, peer: PeerId) -> bytes:
         peering = self._roster.get(peer)
-        addrs = tuple(addr.decapsulate_code(P2P_CODE) for addr in self._node.listen_addrs)
-        self._seq = max(self._seq + 1, int(self._node.wall() * 1000))
+        addrs = tuple(self._node.bound_addrs)
+        if addrs != self._record_addrs:
+            self._record_addrs = addrs
+            self._seq = max(self._seq + 1, int(self._node.wall() * 1000))
+            record = PeerRecord(self._key.peer_id, self._seq, addrs)
+            self._record = identify.seal_record(self._key, record)
         said = Identity(
             agent=AGENT,
             protocols=tuple(self._node.protocols),
             listen_addrs=addrs,
             observed=peering.primary.remote if peering is not None else None,
-            record=PeerRecord(self._key.peer_id, self._seq, addrs),
         )
-        return identify.write(self._key, said)
-
-
-P2P_CODE = 0x1A5
-"""multicodec's code of /p2p."""
+        return identify.write(self._key.public, said, self._record)
 
 
 async def _nothing(stream: Stream) -> None:

@@ -7,6 +7,7 @@ public key must be the one the connection proved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,13 +54,13 @@ class Identity:
     listen_addrs: tuple[Multiaddr, ...]
     observed: Multiaddr | None
     """Where the sender sees the receiver."""
-    record: PeerRecord | None
+    record: PeerRecord | None = None
 
 
-def write(key: OwnKey, said: Identity) -> bytes:
-    """An identify message by the owner of `key`, behind its length."""
+def write(key: PublicKey, said: Identity, record: bytes = b"") -> bytes:
+    """An identify message by the owner of `key`, behind its length; `record` is a sealed peer record."""
     message = identify_pb2.Identify(
-        publicKey=key.public.serialized,
+        publicKey=key.serialized,
         listenAddrs=[addr.to_bytes() for addr in said.listen_addrs],
         protocols=said.protocols,
         protocolVersion=VERSION,
@@ -67,8 +68,8 @@ def write(key: OwnKey, said: Identity) -> bytes:
     )
     if said.observed is not None:
         message.observedAddr = said.observed.to_bytes()
-    if said.record is not None:
-        message.signedPeerRecord = seal_record(key, said.record)
+    if record:
+        message.signedPeerRecord = record
     return varint.prefixed(message.SerializeToString())
 
 
@@ -134,14 +135,15 @@ def _signed(payload: bytes) -> bytes:
 
 def _addrs(raws: Sequence[bytes]) -> tuple[Multiaddr, ...]:
     """Those of `raws` that are addresses, at most `ADDRS_MAX`."""
-    addrs = []
-    for raw in raws[:ADDRS_MAX]:
-        if not raw or len(raw) > _ADDR_BYTES_MAX:
-            continue
-        try:
-            addr = Multiaddr(raw)
-            str(addr)  # parsing is lazy: only the text form visits every component
-        except (MultiaddrError, ValueError, LookupError):
-            continue
-        addrs.append(addr)
-    return tuple(addrs)
+    addrs = (_addr(bytes(raw)) for raw in raws[:ADDRS_MAX] if 0 < len(raw) <= _ADDR_BYTES_MAX)
+    return tuple(addr for addr in addrs if addr is not None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _addr(raw: bytes) -> Multiaddr | None:
+    """The address `raw`, None where it is none: the library takes cut ones for good until they are written."""
+    try:
+        addr = Multiaddr(raw)
+        return addr if Multiaddr(str(addr)).to_bytes() == raw else None
+    except (MultiaddrError, ValueError, LookupError):
+        return None
