@@ -1,4 +1,6 @@
-# A Mycel node: docker build -t mycel . && docker run -p 4800:4800 -v mycel:/var/lib/mycel mycel
+# A Mycel node:
+#   docker build -t mycel .
+#   docker run -p 4800:4800 -v mycel:/var/lib/mycel -e MYCEL_ANNOUNCE=/ip4/THIS_MACHINE/tcp/4800 mycel
 #
 # torch comes as its CPU build from PyTorch's own index. For a GPU image say
 #   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
@@ -22,7 +24,7 @@ COPY simnet simnet
 RUN /opt/mycel/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM ${BASE}
-RUN useradd --system --uid 4800 --home-dir /var/lib/mycel --create-home mycel
+RUN useradd --uid 4800 --shell /usr/sbin/nologin --home-dir /var/lib/mycel --create-home mycel
 COPY --from=build /opt/mycel /opt/mycel
 ENV PATH=/opt/mycel/bin:/usr/local/bin:/usr/bin:/bin
 ENV MYCEL_HOME=/var/lib/mycel

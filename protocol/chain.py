@@ -143,8 +143,8 @@ def verify_chain(
     for link, certificate in zip(chain.links, certificates, strict=True):
         if certificate.swarm != root:
             raise Refused(
-                f"the peer belongs to swarm {swarm_id(certificate.swarm)}, not to {swarm_id(root)}; "
-                "ask for a ticket of this swarm",
+                f"the chain is of swarm {swarm_id(certificate.swarm)}, and this is swarm {swarm_id(root)}; "
+                "join by a ticket of this one",
                 reason="wrong_swarm",
             )
         if not is_signed_by(signer, link):
