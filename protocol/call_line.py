@@ -13,8 +13,9 @@ from typing import Any
 import outcome
 import trio
 
+from mycel.protocol.alarm import Alarm
 from mycel.protocol.callbook import codec_of
-from mycel.protocol.deadlines import Deadlines, remaining_ms
+from mycel.protocol.deadlines import remaining_ms
 from mycel.protocol.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -39,32 +40,6 @@ class TooLarge(Exception):
     def __init__(self, parts: list[Any]) -> None:
         super().__init__("request too large for the line")
         self.parts = parts
-
-
-class Alarm:
-    """Fails calls whose time has come: one task and one scope for all of a node's lines."""
-
-    def __init__(self) -> None:
-        self._deadlines = Deadlines()
-        self._scope: trio.CancelScope | None = None
-
-    async def run(self) -> None:
-        """Ring until cancelled."""
-        while True:
-            with trio.CancelScope(deadline=self._deadlines.next_at) as self._scope:
-                await trio.sleep_forever()
-            for pending in self._deadlines.due(trio.current_time()):
-                pending.expire()
-
-    def set(self, when: float, number: int, pending: Pending) -> None:
-        """Expire `pending` at `when` (trio time)."""
-        self._deadlines.add(when, number, pending)
-        if self._scope is not None and when < self._scope.deadline:
-            self._scope.deadline = when
-
-    def clear(self, pending: Pending) -> None:
-        """`pending` needs no deadline any more."""
-        self._deadlines.settle(pending)
 
 
 class Pending:
@@ -148,7 +123,6 @@ class Line:
         self._pending[number] = pending
         self._held += pending.size
         if not is_watched:
-            pending.is_settled = False
             self._alarm.set(deadline, number, pending)
         return await trio.lowlevel.wait_task_rescheduled(pending.abort)
 

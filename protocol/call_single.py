@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Generic
+from typing import Any, Generic
 
 import trio
 
@@ -27,6 +27,22 @@ from mycel.protocol.message import MessageError
 from mycel.protocol.method import Kind, Method, Req, Res
 from mycel.protocol.outlet import STREAM_GONE
 from mycel.protocol.serve_single import check_size, send_parts
+
+
+def begin_frame(
+    method: Method[Any, Any], number: int, request: Any, deadline_ms: int, limits: CallLimits
+) -> list[Buffer]:
+    """The frame that begins a call, with the request where the method takes exactly one.
+
+    Raises `LocalProtocolError` for a request that cannot be encoded, `LimitExceeded` for one too large.
+    """
+    name = method.name.encode()
+    if method.kind not in (Kind.UNARY, Kind.SERVER_STREAM):
+        return pack(REQUEST, number, name=name, deadline_ms=deadline_ms)
+    body, raws = codec_of(method.request).encode(request)
+    parts = pack(REQUEST, number, body, raws, name=name, deadline_ms=deadline_ms)
+    check_size(parts, limits.message_bytes)
+    return parts
 
 
 class CallStream(Generic[Req, Res]):
@@ -55,16 +71,6 @@ class CallStream(Generic[Req, Res]):
         self._inlet = Inlet(self._stream, self._limits.message_bytes, on_arrival=self._on_arrival)
         if sent < len(request):
             await self._put(request[sent:], end=self._sent_end)
-
-    def begin_frame(self, deadline_ms: int, request: Req | None) -> list[Buffer]:
-        """The frame that begins the call, with the request where the method takes exactly one."""
-        name = self._method.name.encode()
-        if self._method.kind in (Kind.UNARY, Kind.SERVER_STREAM):
-            body, raws = self._request.encode(request)
-            parts = pack(REQUEST, self._number, body, raws, name=name, deadline_ms=deadline_ms)
-            check_size(parts, self._limits.message_bytes)
-            return parts
-        return pack(REQUEST, self._number, name=name, deadline_ms=deadline_ms)
 
     async def send(self, item: Req) -> None:
         """Send one request; waits while the handler is behind. Raises as `Rpc.call`.

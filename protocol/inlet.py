@@ -29,10 +29,11 @@ class Inlet:
         on_arrival: Callable[[], None] | None = None,
         budget: Budget | None = None,
         unbudgeted_bytes: int = 0,
+        first: bytes = b"",
     ) -> None:
-        """`on_loss` is called when the stream is reset or lost, `on_arrival` after each
-        piece of data; neither may block. A frame larger than `unbudgeted_bytes` is received once
-        `budget` has room, which is given back when the next is asked for or at `release`.
+        """`on_loss` is called when the stream is reset or lost, `on_arrival` after each piece of data;
+        neither may block. A frame larger than `unbudgeted_bytes` is received once `budget` has room, which is given
+        back when the next is asked for or at `release`. `first` came already and was not credited.
         """
         self._stream = stream
         self._reader = FrameReader(message_bytes)
@@ -44,6 +45,7 @@ class Inlet:
         self._ended = False
         self.error: Exception | None = None
         self._task: trio.lowlevel.Task | None = None
+        self._reader.feed(first)
         stream.deliver_to(self._on_data, credit=False)
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from mycel.protocol.call_line import Alarm, Line, TooLarge
-from mycel.protocol.call_single import CallStream
+from mycel.protocol.alarm import Alarm
+from mycel.protocol.call_line import Line, TooLarge
+from mycel.protocol.call_lone import LoneCall
+from mycel.protocol.call_single import CallStream, begin_frame
 from mycel.protocol.callbook import CallBook
 from mycel.protocol.deadlines import remaining_ms
 from mycel.protocol.errors import (
@@ -40,6 +42,7 @@ from mycel.protocol.mesh import Access, Buffer, Mesh, PeerId, PeerUp, Stream
 from mycel.protocol.method import Call, Handler, Kind, Method, Req, Res
 from mycel.protocol.outlet import STREAM_GONE, Budget
 from mycel.protocol.serve_line import ANSWER, LINE, LineServer, Shop
+from mycel.protocol.serve_lone import LoneServer
 from mycel.protocol.serve_single import SINGLE, SingleServer
 
 if TYPE_CHECKING:
@@ -158,10 +161,11 @@ class Rpc:
     ) -> AsyncIterator[CallStream[Req, Res]]:
         deadline, is_watched = self._deadline(method, deadline_s)
         with trio.CancelScope(deadline=math.inf if is_watched else deadline):
-            stream = await self._open(peer, SINGLE)
-            call = CallStream(stream, next(self._numbers), method, self._limits)
+            number = next(self._numbers)
+            first = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
+            call = CallStream(await self._open(peer, SINGLE), number, method, self._limits)
             try:
-                await call.begin(call.begin_frame(remaining_ms(deadline), request))
+                await call.begin(first)
                 yield call
                 await call.finish()
             except BaseException:
@@ -199,10 +203,17 @@ class Rpc:
                 return await line.ask(next(self._numbers), method, request, deadline, True)
             except TooLarge as large:
                 single = large.parts
+        number = next(self._numbers)
+        if not single:
+            single = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
         stream = await self._open(peer, SINGLE)
-        call = CallStream(stream, next(self._numbers), method, self._limits)
+        if len(single) == 1:
+            lone = LoneCall(stream, method, self._limits)
+            if lone.send(single[0]):
+                return await lone.answer()
+        call = CallStream(stream, number, method, self._limits)
         try:
-            await call.begin(single or call.begin_frame(remaining_ms(deadline), request))
+            await call.begin(single)
             response = await call.receive()
             await call.finish()
         except BaseException:
@@ -283,14 +294,24 @@ class Rpc:
         if count >= self._limits.streams:
             stream.reset()
             return
-        budget = self._budgets.setdefault(peer, Budget(self._limits.in_flight_bytes))
         self._singles[peer] = count + 1
         try:
-            await SingleServer(self._shop, stream, budget).run()
+            lone = LoneServer(self._shop, stream)
+            if lone.is_whole():
+                await lone.run()
+            elif not lone.is_lost:
+                budget = self._budgets.setdefault(peer, Budget(self._limits.in_flight_bytes))
+                await SingleServer(self._shop, stream, budget, lone.first).run()
+        except STREAM_GONE:
+            return
+        except RemoteProtocolError as error:
+            self._mesh.disconnect(peer, str(error))
         finally:
-            self._singles[peer] -= 1
-            if not self._singles[peer]:
-                del self._singles[peer], self._budgets[peer]
+            count = self._singles.pop(peer) - 1
+            if count:
+                self._singles[peer] = count
+            else:
+                self._budgets.pop(peer, None)
 
     async def _take_answer(self, stream: Stream) -> None:
         line = self._lines.get(stream.peer)

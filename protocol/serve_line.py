@@ -36,7 +36,7 @@ from mycel.protocol.frame import (
     split,
 )
 from mycel.protocol.limits import CallLimits
-from mycel.protocol.mesh import Mesh, Stream
+from mycel.protocol.mesh import Buffer, Mesh, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
 from mycel.protocol.outlet import STREAM_GONE, Outlet
@@ -77,6 +77,17 @@ async def run_unary(shop: Shop, served: Served, call: Call, request: Any) -> Any
     if served.mode is Mode.INLINE:
         return served.handler(call, request)
     return await served.handler(call, request)
+
+
+def encode_answer(shop: Shop, served: Served, number: int, response: Any) -> list[Buffer]:
+    """The response's frame, good until the next one is made. Raises `LocalProtocolError`."""
+    if served.response.has_tensors:
+        body, raws = served.response.encode(response)
+        return pack(RESPONSE, number, body, raws)
+    buffer = shop.scratch
+    served.response.encode_into(response, buffer, HEAD_BYTES)
+    HEAD.pack_into(buffer, 0, len(buffer) - HEAD_BYTES, RESPONSE, 0, 0, number, 0)
+    return [buffer]
 
 
 def report(call: Call, error: Exception, limits: CallLimits) -> Failure:
@@ -207,19 +218,11 @@ class LineServer:
         """Answer on the line, or return the frame's parts where it is too large for that."""
         shop = self._shop
         try:
-            if served.response.has_tensors:
-                body, raws = served.response.encode(response)
-                parts = pack(RESPONSE, number, body, raws)
-                total = sum(len(part) for part in parts)
-            else:
-                buffer = shop.scratch
-                served.response.encode_into(response, buffer, HEAD_BYTES)
-                total = len(buffer)
-                HEAD.pack_into(buffer, 0, total - HEAD_BYTES, RESPONSE, 0, 0, number, 0)
-                parts = [buffer]
+            parts = encode_answer(shop, served, number, response)
         except Exception as error:  # boundary: what a handler returned cannot be encoded
             self.refuse(number, report(call, error, shop.limits))
             return None
+        total = sum(map(len, parts))
         if total - HEAD_BYTES <= shop.limits.shared_bytes:
             self._put(parts[0] if len(parts) == 1 else b"".join(parts))
             return None

@@ -45,7 +45,8 @@ async def send_parts(stream: Stream, parts: list[Buffer], *, end: bool = False) 
 class SingleServer:
     """Serves one such stream, which is one call."""
 
-    def __init__(self, shop: Shop, stream: Stream, budget: Budget) -> None:
+    def __init__(self, shop: Shop, stream: Stream, budget: Budget, first: bytes = b"") -> None:
+        """`first` is what somebody else took off the stream, uncredited."""
         self._shop = shop
         self._stream = stream
         self._peer: PeerId = stream.peer
@@ -57,6 +58,7 @@ class SingleServer:
             on_loss=self._scope.cancel,
             budget=budget,
             unbudgeted_bytes=limits.shared_bytes,
+            first=first,
         )
         self._number = 0
         self._call: Call | None = None
