@@ -73,7 +73,9 @@ class Contacts:
         return chosen
 
     def next_s(self) -> float:
-        """Trio time at which `plan_dials` will have something, infinity for never."""
+        """Trio time at which `plan_dials` will have something; infinity when an event must come first."""
+        if sum(contact.is_dialling for contact in self._table.values()) >= DIALS_MAX:
+            return math.inf
         return min((one.due_s for one in self._table.values() if self._is_idle(one)), default=math.inf)
 
     def on_up(self, peer: PeerId) -> None:

@@ -136,6 +136,7 @@ class Gather:
     async def _connect(self, contact: Contact) -> None:
         if contact.peer in self._mesh.peers:
             self._contacts.on_up(contact.peer)
+            self._wake()
             return
         try:
             await self._mesh.connect(contact.addrs)
