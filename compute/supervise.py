@@ -108,7 +108,10 @@ class Supervisor:
 
     async def _run_one(self) -> str:
         """One worker's life. Returns why it ended."""
-        engine = self._start()
+        try:
+            engine = self._start()
+        except OSError as error:
+            return f"no worker process could be started: {error}"
         self._engine, self._down = engine, trio.Event()
         try:
             if self._spec is not None:

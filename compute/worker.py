@@ -17,6 +17,7 @@ when nobody calls. The same holds for a worker that speaks nonsense or does not 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -159,6 +160,10 @@ class WorkerEngine:
 
     async def wait_lost(self) -> EngineLost:
         await self._wait_exit()
+        if self._turn.locked():  # whoever is in a call reads the worker's own reason first
+            with trio.move_on_after(EXIT_S):
+                async with self._turn:
+                    pass
         self._lose(None)
         return self._lost()
 
@@ -199,7 +204,7 @@ class WorkerEngine:
             with self._killing_after(limit_s, f"it did not answer {name} within {limit_s:g} s"):
                 frame = await self._answer(number, progress)
             if frame.kind == FrameKind.ERROR:
-                raise await self._failure(frame, name)
+                raise self._failure(frame, name)
             try:
                 return operation.response.decode(frame.body, frame.raws)
             except RemoteProtocolError as error:
@@ -273,7 +278,7 @@ class WorkerEngine:
             self._receiver.got(count)
         return frame
 
-    async def _failure(self, frame: Frame, name: str) -> Exception:
+    def _failure(self, frame: Frame, name: str) -> Exception:
         try:
             failure = FAILURE.decode(frame.body)
         except RemoteProtocolError as error:
@@ -326,9 +331,9 @@ class WorkerEngine:
         return EngineLost(f"worker process {self.pid} is gone: {self._why}")
 
     def _last_words(self) -> str:
-        size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, size - STDERR_QUOTED_BYTES))
-        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        fd = self._stderr.fileno()
+        begin = max(0, os.fstat(fd).st_size - STDERR_QUOTED_BYTES)
+        lines = os.pread(fd, STDERR_QUOTED_BYTES, begin).decode("utf-8", "replace").strip().splitlines()
         return "".join(f"\n    {line}" for line in lines[-STDERR_QUOTED_LINES:])
 
 
@@ -340,8 +345,11 @@ def start_worker(options: WorkerOptions | None = None) -> WorkerEngine:
     """
     options = options or WorkerOptions()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.setblocking(False)
     stderr = tempfile.TemporaryFile(prefix="mycel-worker-")  # noqa: SIM115 closed by aclose
-    os.set_blocking(ours.fileno(), False)
+    fcntl.fcntl(
+        stderr, fcntl.F_SETFL, fcntl.fcntl(stderr, fcntl.F_GETFL) | os.O_APPEND
+    )  # it will be cut short
     command = [
         sys.executable, "-I", "-m", "mycel.compute.worker_main",
         str(theirs.fileno()), str(os.getpid()), str(options.memory_bytes_max),
@@ -363,6 +371,13 @@ def start_worker(options: WorkerOptions | None = None) -> WorkerEngine:
     finally:
         theirs.close()
     return WorkerEngine(process, ours, stderr, options)
+
+
+def open_stderr() -> IO[bytes]:
+    """A file without a name for what a worker prints; appended to, so that it can be cut short meanwhile."""
+    file = tempfile.TemporaryFile(prefix="mycel-worker-")  # noqa: SIM115 the engine closes it
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+    return file
 
 
 def scrub(environment: Mapping[str, str]) -> dict[str, str]:

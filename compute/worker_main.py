@@ -8,6 +8,7 @@ only what a request says. What it prints goes to standard error, which the daemo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -17,14 +18,16 @@ import socket
 import sys
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STDERR_BYTES_MAX = 1 << 20
+"""What the process may have printed before its standard error begins anew."""
 
 
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent` dies, and exit if it has already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        with open("/proc/self/oom_score_adj", "w") as file:  # rather the worker than its daemon
-            file.write("500")
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")  # when memory runs out, rather the worker than its daemon
     if os.getppid() != parent:
         sys.exit("the daemon is gone")
 
@@ -35,6 +38,12 @@ def limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
+def trim_stderr() -> None:
+    """Begin the file behind standard error anew when it has grown large."""
+    if os.fstat(2).st_size > STDERR_BYTES_MAX:
+        os.ftruncate(2, 0)
+
+
 def main(arguments: list[str]) -> int:
     """Serve until the daemon closes its end. Returns the exit status."""
     fd, parent, memory = (int(argument) for argument in arguments)
@@ -43,8 +52,10 @@ def main(arguments: list[str]) -> int:
     from mycel.compute.worker_serve import serve
 
     limit_memory(memory)
-    return serve(socket.socket(fileno=fd))
+    return serve(socket.socket(fileno=fd), trim_stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # taking torch apart in order takes seconds and helps nobody

@@ -55,8 +55,6 @@ Res = TypeVar("Res")
 
 EXIT_CRASH = 81
 EXIT_MEMORY = 82
-STDERR_BYTES_MAX = 1 << 20
-"""What the process may have printed before its standard error begins anew."""
 PROGRESS_EVERY_S = 0.1
 
 
@@ -208,14 +206,11 @@ def see_devices() -> tuple[TorchDevice, ...]:
     return tuple(found)
 
 
-def trim_stderr() -> None:
-    """Begin the file behind standard error anew when it has grown large."""
-    if os.fstat(2).st_size > STDERR_BYTES_MAX:
-        os.ftruncate(2, 0)
+def serve(sock: socket.socket, tidy: Callable[[], None]) -> int:
+    """Say hello and serve until the daemon closes its end, doing `tidy` before each request.
 
-
-def serve(sock: socket.socket) -> int:
-    """Say hello and serve until the daemon closes its end. Returns the exit status."""
+    Returns the exit status.
+    """
     connection = Connection(sock)
     start_s = time.time() - psutil.Process().create_time()
     hello = Hello(os.getpid(), str(torch.__version__), see_devices(), start_s)
@@ -223,7 +218,7 @@ def serve(sock: socket.socket) -> int:
     try:
         connection.send(FrameKind.RESPONSE, 0, HELLO.encode(hello))
         while (request := connection.receive()) is not None:
-            trim_stderr()
+            tidy()
             worker.answer(request)
     except Doubtful as doubt:
         connection.send(FrameKind.ERROR, worker.number, FAILURE.encode(doubt.failure))

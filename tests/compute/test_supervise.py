@@ -130,6 +130,17 @@ async def test_a_model_that_is_gone_ends_in_a_reason_not_in_a_loop(
     assert "no further start" in whys[2]
 
 
+async def test_no_process_to_be_had_is_a_loss_like_any_other(autojump_clock: trio.testing.MockClock) -> None:
+    def start() -> InlineEngine:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    diary = Diary()
+    await Supervisor(start, diary, RestartPolicy(delays_s=(1.0,))).run()
+    whys = [event.why for event in diary.events if isinstance(event, Lost)]
+    assert len(whys) == 2
+    assert all("could be started" in why and "temporarily unavailable" in why for why in whys)
+
+
 @given(st.lists(st.floats(0, 5000), min_size=1, max_size=20), st.floats(1, 2000))
 def test_restarts_are_bounded_in_every_window(times: list[float], window: float) -> None:
     policy = RestartPolicy(delays_s=(0.0, 1.0, 5.0), window_s=window)

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import trio
 from mycel.compute.engine import EngineLost, Sampling, Span, StageSpec, Work
 from mycel.compute.model.tiny import tiny_llama
 from mycel.compute.pipe import HELLO, Hello
-from mycel.compute.worker import WorkerEngine, WorkerOptions, describe_exit, scrub, start_worker
+from mycel.compute.worker import WorkerEngine, WorkerOptions, describe_exit, open_stderr, scrub, start_worker
 from mycel.protocol.frame import FrameKind, pack
 
 ALL = Span(0, 4)
@@ -74,9 +73,16 @@ async def test_out_of_memory_is_a_lost_engine_that_says_so(tmp_path: Path) -> No
         assert resource.prlimit(worker.pid, resource.RLIMIT_DATA) == (limit, limit)
         held = data_bytes(worker.pid)
         resource.prlimit(worker.pid, resource.RLIMIT_DATA, (held + (16 << 20), limit))
-        with pytest.raises(EngineLost, match="out of memory in step"):
-            await worker.step([Work("big", ALL, 0, tokens=(1,) * 50_000, sampling=Sampling())])
-        assert "out of memory" in str(await worker.wait_lost())
+        heard: list[str] = []
+
+        async def hear() -> None:
+            heard.append(str(await worker.wait_lost()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hear)
+            with pytest.raises(EngineLost, match="out of memory in step"):
+                await worker.step([Work("big", ALL, 0, tokens=(1,) * 50_000, sampling=Sampling())])
+        assert "out of memory in step" in heard[0], "the worker's own reason, whoever hears of it first"
 
 
 def data_bytes(pid: int) -> int:
@@ -165,8 +171,8 @@ async def test_worker_that_talks_nonsense_is_killed(program: str, why: str) -> N
 def start_program(program: str, **options: float) -> WorkerEngine:
     """An engine over any Python program instead of the worker's."""
     ours, theirs = socket.socketpair()
-    os.set_blocking(ours.fileno(), False)
-    stderr = tempfile.TemporaryFile()  # noqa: SIM115 closed by aclose
+    ours.setblocking(False)
+    stderr = open_stderr()
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", program, str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
@@ -275,6 +281,19 @@ async def test_large_steps_pass_whole(
     ]
     results = await shared_worker.step(works)
     assert [r.hidden.shape[0] for r in results if r.hidden] == [4000, 1000, 1000, 1000, 1000]
+
+
+def test_a_talkative_worker_fills_no_disk() -> None:
+    program = (
+        "import os\n"
+        "from mycel.compute.worker_main import STDERR_BYTES_MAX, trim_stderr\n"
+        "os.write(2, b'x' * STDERR_BYTES_MAX); trim_stderr()\n"
+        "assert os.fstat(2).st_size == STDERR_BYTES_MAX or os._exit(3)\n"
+        "os.write(2, b'y'); trim_stderr(); os.write(2, b'last words'); trim_stderr()"
+    )
+    with open_stderr() as stderr:
+        assert subprocess.run([sys.executable, "-c", program], stderr=stderr, timeout=100).returncode == 0
+        assert os.pread(stderr.fileno(), 100, 0) == b"last words"
 
 
 def test_exits_in_words() -> None:
