@@ -109,7 +109,10 @@ class Handshake:
         return bytes(protocol.cipher_state_encrypt.k), bytes(protocol.cipher_state_decrypt.k)
 
     def _write(self, payload: bytes) -> bytes:
-        message = bytes(self._noise.write_message(payload))
+        try:
+            message = bytes(self._noise.write_message(payload))
+        except ValueError as error:  # a peer's key of low order gives no shared secret
+            raise RemoteProtocolError(f"Noise handshake failed: {error}") from None
         self._sent += 1
         return len(message).to_bytes(2, "big") + message
 

@@ -13,7 +13,7 @@ from mycel.node.host import Host
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import Access, PeerDown, PeerEvent, PeerId
 from mycel.simnet import clock
-from mycel.simnet.internet import Internet, InternetOptions, internet
+from mycel.simnet.internet import BufferOptions, Internet, InternetOptions, internet
 from mycel.simnet.link import LinkOptions
 from mycel.simnet.machine import Machine
 from mycel.simnet.network import SimNetwork
@@ -56,7 +56,7 @@ class World:
     async def up(self, host: Host, peer: PeerId) -> None:
         """Return once `peer` is up at `host`."""
         with trio.fail_after(20):
-            while peer not in host.peers:
+            while peer not in host.peers:  # noqa: ASYNC110
                 await trio.sleep(0.001)
 
     async def down(self, host: Host, peer: PeerId) -> PeerDown:
@@ -72,7 +72,7 @@ class World:
         """Note every event of `host`."""
         async with host.events() as events:
             async for event in events:
-                into.append(event)
+                into.append(event)  # noqa: PERF401
 
 
 Scenario = Callable[[World], Awaitable[None]]
@@ -80,11 +80,19 @@ Scenario = Callable[[World], Awaitable[None]]
 
 @pytest.fixture
 def play() -> Callable[..., None]:
-    """`play(scenario)` runs it in virtual time; `play(scenario, seed=..., latency_s=...)` varies the world."""
+    """`play(scenario)` runs it in virtual time; keywords vary the world."""
 
-    def run(scenario: Scenario, *, seed: int = 1, latency_s: float = 0.005) -> None:
+    def run(
+        scenario: Scenario,
+        *,
+        seed: int = 1,
+        latency_s: float = 0.005,
+        buffers: BufferOptions | None = None,
+    ) -> None:
         async def main() -> None:
-            options = InternetOptions(seed=seed, link=LinkOptions(latency_s=latency_s))
+            options = InternetOptions(
+                seed=seed, link=LinkOptions(latency_s=latency_s), buffers=buffers or BufferOptions()
+            )
             async with internet(options) as net, trio.open_nursery() as nursery:
                 await scenario(World(net, nursery))
                 nursery.cancel_scope.cancel()

@@ -79,7 +79,7 @@ class Wire:
         self.rng = rng
         self.now = 100.0
         self.ends: list[End] = []
-        for number in range(2):
+        for _ in range(2):
             key = OwnKey(rng.randbytes(32))
             static = noise.Static(key, rng.randbytes(32), muxers=(yamux.PROTOCOL,) if muxers else ())
             self.ends.append(End(Setup(static, limits, []), key))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.security.noise.messages import NoiseHandshakePayload, verify_handshake_payload_sig
 from libp2p.crypto.x25519 import X25519PrivateKey
+from libp2p.security.noise.messages import NoiseHandshakePayload, verify_handshake_payload_sig
 
 from mycel.protocol import multistream, noise
 from mycel.protocol.errors import LocalProtocolError, Refused, RemoteProtocolError
@@ -113,6 +113,7 @@ def test_a_peer_with_none_of_our_muxers_is_told_so(make_wire):
         (multistream.proposal("/noise") + b"\xff\xff" + b"x" * 100, "65535 bytes"),
         (multistream.proposal("/noise") + b"\x00\x05hello", "Noise handshake failed"),
         (multistream.proposal("/noise") + b"\x00\x21" + b"e" * 33, "payload"),
+        (multistream.proposal("/noise") + b"\x00\x20" + bytes(32), "shared key"),
     ],
 )
 def test_nonsense_in_the_place_of_a_handshake_is_dropped_with_a_reason(make_wire, sent, reason):

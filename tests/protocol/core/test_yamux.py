@@ -179,7 +179,7 @@ def test_a_small_message_does_not_wait_behind_a_bulk_transfer():
     bulk, small = (bare.watch(bare.session.open()) for _ in range(2))
     bulk.enqueue(memoryview(bytes(200_000)))
     assert small.try_send(b"quick")
-    assert [frame[2] for frame in bare.frames()][0] == small.id
+    assert bare.frames()[0][2] == small.id
 
 
 def test_copies_for_senders_that_do_not_wait_are_bounded():
