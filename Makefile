@@ -45,6 +45,6 @@ constraints: setup  ## write constraints.txt from what .venv holds
 wheel: setup  ## build the wheel and the source distribution into dist/
 	@$(RUN) -m build --no-isolation
 
-clean:  ## delete what the others made, .venv included
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/e2e/js/node_modules
+clean:  ## delete what the others made, .venv and trained models included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache tests/e2e/js/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,9 +16,9 @@ that refuses says why, and both raise the same `Refused`. Messages are msgpack b
 length, bounded by `Limits.membership_bytes`; the whole exchange has `Limits.membership_s`.
 
 A chain through a ticket ends with the ticket. So a node that holds the root key puts a certificate signed by
-the root itself into its `Settled` for a peer that came by ticket, or whose certificate has lived half its
-life; the peer keeps it and needs the ticket no more. Peers on the root holder's `revoked` list are refused
-by it and never renewed.
+the root itself into its `Settled` for a peer whose chain ends within half a year: that is anybody who came by
+a ticket of usual life, and later whoever's certificate has lived half its own. The peer keeps it and needs
+the ticket no more. Peers on the root holder's `revoked` list are refused by it and never renewed.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ class Membership:
 
 
 def needs_certificate(grant: Grant, now: float, limits: Limits) -> bool:
-    """Whether a root holder should hand this peer one: it came by ticket, or half its life is gone."""
-    return grant.by_ticket or grant.not_after - now < limits.certificate_s / 2
+    """Whether a root holder should hand this peer one: what it has ends before half of a fresh one's life."""
+    return grant.not_after - now < limits.certificate_s / 2
 
 
 def _start(now: float, limits: Limits) -> int:

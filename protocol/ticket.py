@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import base58
@@ -72,7 +72,7 @@ class Ticket:
 
     link: Link
     certificate: Certificate
-    delegation: SigningKey = field(repr=False)
+    delegation: SigningKey
     bootstrap: tuple[Multiaddr, ...]
 
     @property

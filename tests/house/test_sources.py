@@ -29,6 +29,8 @@ MAY_IMPORT = {
 """Imports point one way: protocol <- dht, compute <- node <- simnet."""
 
 LINES_MAX = 400
+TEST_LINES_MAX = 500
+"""A battery of tests for one thing may be longer than what it tests."""
 FUNCTION_LINES_MAX = 70
 PARAMETERS_MAX = 6
 TENSOR_LIBRARIES = ("torch", "transformers", "numpy", "safetensors.torch")
@@ -268,8 +270,9 @@ def test_files_and_functions_stay_small() -> None:
         where = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")
         count = len(text.splitlines())
-        if count > LINES_MAX:
-            wrong.append(f"{where} has {count} lines, at most {LINES_MAX}")
+        most = TEST_LINES_MAX if where.startswith("tests/") else LINES_MAX
+        if count > most:
+            wrong.append(f"{where} has {count} lines, at most {most}")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mycel.protocol.chain import (
+    CHAIN_BYTES_MAX,
     DELEGATE,
     PEER,
     Certificate,
@@ -188,6 +189,11 @@ def test_any_bytes_are_judged_not_raised_over(data: bytes) -> None:
 @given(body=st.binary(max_size=200), signature=st.binary(min_size=64, max_size=64))
 def test_a_link_of_any_bytes_is_judged_not_raised_over(body: bytes, signature: bytes) -> None:
     assert reason_of(Chain((Link(body, signature),))) == "malformed"
+
+
+def test_overlong_chain_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(Refused, match="too long"):
+        decode_chain(bytes(CHAIN_BYTES_MAX + 1))
 
 
 def test_one_chain_has_one_encoding() -> None:
