@@ -36,8 +36,12 @@ STUCK_AFTER_S = 5.0
 INFINITY = float("inf")
 
 
+BUSY_PASSES_MAX = 200_000
+"""Passes of trio's loop in which tasks run and time stands still before that is declared a busy loop."""
+
+
 class WorldStuck(Exception):
-    """Every task waits and no event or deadline will ever come: the simulated program is deadlocked."""
+    """The simulated program is deadlocked (nothing will ever happen) or spins (time will never pass)."""
 
 
 class Timeline:
@@ -87,7 +91,7 @@ class Timeline:
             self._sleep = None
 
 
-class VirtualTime:
+class VirtualTime(trio.abc.Instrument):
     """Time that stands still while anything runs and then jumps to the next thing that happens.
 
     `clock` goes to `trio.run(..., clock=...)`. It is trio's MockClock (trio lets no other class jump) with
@@ -104,6 +108,8 @@ class VirtualTime:
         self._timeline: Timeline | None = None
         self._player: Any = None
         self._idle_since: float | None = None
+        self._passes = 0
+        self._passes_at = 0.0
 
     @staticmethod
     def of_this_run() -> VirtualTime | None:
@@ -130,7 +136,6 @@ class VirtualTime:
             self._pass_to(runner.deadlines.next_deadline())
             return
         # Callbacks may be application code (a stream's receiver), which expects to be inside some task.
-        assert self._player is not None
         trio_run.GLOBAL_RUN_CONTEXT.task = self._player
         try:
             while not runner.runq:
@@ -143,9 +148,25 @@ class VirtualTime:
                 self._idle_since = None
                 timeline.play_next()
         except Exception as error:  # boundary: it must end the program that is simulated, not trio
-            trio.lowlevel.reschedule(self._player, outcome.Error(error))
+            self._fail(error)
         finally:
             del trio_run.GLOBAL_RUN_CONTEXT.task
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Called by trio once per pass of its loop: notice a program that spins while time stands still."""
+        if self.now != self._passes_at:
+            self._passes_at, self._passes = self.now, 0
+        self._passes += 1
+        if self._passes > BUSY_PASSES_MAX and self._player is not None:
+            self._passes = 0
+            names = sorted({task.name for task in trio_run.GLOBAL_RUN_CONTEXT.runner.runq})
+            text = f"at {self.now:.3f} s time stands still while these tasks spin: {', '.join(names)}"
+            self._fail(WorldStuck(text))
+
+    def _fail(self, error: Exception) -> None:
+        """Raise `error` in the task that plays the timeline, and so in the program that opened the world."""
+        if self._player is not None and self._player._next_send_fn is None:
+            trio.lowlevel.reschedule(self._player, outcome.Error(error))
 
     def _pass_to(self, deadline: float) -> None:
         """Move to a deadline; where there is none the world is stuck, unless a thread wakes a task soon."""
@@ -159,7 +180,7 @@ class VirtualTime:
         elif now - self._idle_since > STUCK_AFTER_S and self._player is not None:
             self._idle_since = None
             text = f"at {self.now:.3f} s every task waits and nothing will ever happen: a deadlock"
-            trio.lowlevel.reschedule(self._player, outcome.Error(WorldStuck(text)))
+            self._fail(WorldStuck(text))
             return
         time.sleep(0.001)
 
@@ -180,4 +201,5 @@ def replayable(seed: int) -> Iterator[None]:
 def run(main: Callable[[], Awaitable[T]], seed: int) -> T:
     """`trio.run(main)` in virtual time, scheduled by `seed`: the same seed gives the same run."""
     with replayable(seed):
-        return trio.run(main, clock=VirtualTime().clock, strict_exception_groups=True)
+        virtual = VirtualTime()
+        return trio.run(main, clock=virtual.clock, instruments=[virtual], strict_exception_groups=True)

@@ -99,6 +99,8 @@ class Machine:
         self.is_on = True
         self.is_silent = False
         self.is_paused = False
+        self.has_died = False
+        """Whether its programs were ever killed."""
         self._listeners: dict[Address, SimListener] = {}
         self._pipes: dict[tuple[Address, Address], SimPipe] = {}
         self._programs: list[trio.CancelScope] = []
@@ -196,12 +198,16 @@ class Machine:
 
     async def run(self, program: Callable[[], Awaitable[None]]) -> None:
         """Run `program` on this machine until it ends, or the machine crashes or vanishes under it."""
-        with trio.CancelScope() as scope:
-            self._programs.append(scope)
-            try:
+        scope = trio.CancelScope()
+        self._programs.append(scope)
+        try:
+            with scope:
                 await program()
-            finally:
-                self._programs.remove(scope)
+        except Exception:  # boundary: what a killed program stumbles over while it falls is nobody's failure
+            if not scope.cancel_called:
+                raise
+        finally:
+            self._programs.remove(scope)
 
     def crash(self) -> None:
         """Its programs die and the kernel resets their connections: others notice in one latency."""
@@ -245,10 +251,11 @@ class Machine:
             pipe.resume()
 
     def _drop_all(self, why: str, *, reset: bool) -> None:
+        self.has_died = True
+        for scope in self._programs:
+            scope.cancel()
+        # In the same breath: what a dying program still wants to say must reach nobody.
         for listener in self.listeners:
             listener.close()
         for pipe in self.pipes:
             pipe.die(why, reset=reset)
-        # Connections first: what a dying program wants to say must reach nobody.
-        for scope in self._programs:
-            scope.cancel()

@@ -24,7 +24,9 @@ from mycel.protocol.mesh import (
     PeerId,
     PeerInfo,
     PeerUp,
+    Stream,
     StreamHandler,
+    StreamTaker,
 )
 from mycel.simnet.mesh_link import ConnectionEnd, connect_ends
 from mycel.simnet.stream import MeshStream
@@ -88,6 +90,7 @@ class SimMesh:
         self._ends: dict[PeerId, ConnectionEnd] = {}
         self._peers: dict[PeerId, PeerInfo] = {}
         self._handlers: dict[str, tuple[StreamHandler, Access]] = {}
+        self._takers: dict[str, StreamTaker] = {}
         self._watchers: dict[int, PeerNews] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._dead = False
@@ -164,18 +167,42 @@ class SimMesh:
         await trio.lowlevel.checkpoint()
         return end.open_stream(protocol)
 
+    def try_open_stream(self, peer: PeerId, protocol: str) -> MeshStream | None:
+        """See `Mesh.try_open_stream`. There is always room for one more here."""
+        end = self._ends.get(peer)
+        if end is None:
+            raise ConnectionLost(f"not connected to {peer}; connect first", reason="closed")
+        return end.open_stream(protocol)
+
     def serve_stream(self, protocol: str, handler: StreamHandler, *, access: Access = Access.MEMBER) -> None:
         """See `Mesh.serve_stream`. Raises `LocalProtocolError` where `protocol` is served already."""
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
         self._handlers[protocol] = (handler, access)
 
+    def take_streams(self, protocol: str, taker: StreamTaker, *, access: Access = Access.MEMBER) -> None:
+        """See `Mesh.take_streams`."""
+
+        async def take(stream: Stream) -> None:
+            taker(stream)
+
+        self.serve_stream(protocol, take, access=access)
+        self._takers[protocol] = taker
+
     def handler_of(self, protocol: str) -> tuple[StreamHandler, Access] | None:
         """Who serves `protocol` here, and to whom."""
         return self._handlers.get(protocol)
 
     def start_handler(self, handler: StreamHandler, stream: MeshStream) -> None:
-        """Serve one inbound stream in a task of its own, until the node dies."""
+        """Serve one inbound stream in a task of its own, until the node dies; or let it be taken."""
+        taker = self._takers.get(stream.protocol)
+        if taker is not None:
+            try:
+                taker(stream)
+            except Exception as error:  # boundary: a taker's failure ends its own stream only
+                self.count_error(stream.protocol, error)
+                stream.reset()
+            return
         self.world.nursery.start_soon(self._handle, handler, stream)
 
     async def _handle(self, handler: StreamHandler, stream: MeshStream) -> None:

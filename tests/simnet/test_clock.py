@@ -186,6 +186,24 @@ def test_a_world_in_which_nothing_can_happen_says_so(monkeypatch):
     assert caught.group_contains(WorldStuck, match=r"at 3\.000 s every task waits")
 
 
+def test_a_program_that_spins_while_time_stands_still_is_named(monkeypatch):
+    monkeypatch.setattr(clock, "BUSY_PASSES_MAX", 1000)
+
+    async def spin_for_ever():
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    async def main(timeline):
+        await trio.sleep(2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(spin_for_ever)
+            await trio.sleep(1)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        play(main)
+    assert caught.group_contains(WorldStuck, match=r"at 2\.000 s time stands still .*spin_for_ever")
+
+
 def test_a_thread_can_still_wake_a_task(monkeypatch):
     monkeypatch.setattr(clock, "STUCK_AFTER_S", 30.0)
 

@@ -1,0 +1,85 @@
+"""`mycel sim` and `python -m mycel.simnet`: a scenario from one seed, and what happened in it.
+
+The same seed gives the same trace hash in every process; a failure found with one seed is found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mycel.simnet import clock
+from mycel.simnet.dieoff import DieoffOptions, DieoffReport, dieoff
+from mycel.simnet.storm import StormOptions, StormReport, storm
+
+LAYERS = 8
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line asks for; returns the exit status (1: the scenario did not end well)."""
+    asked = _parser().parse_args(list(arguments))
+    began = time.monotonic()
+    report: DieoffReport | StormReport
+    if asked.scenario == "swarm":
+        report = _swarm(asked)
+    else:
+        report = clock.run(lambda: storm(StormOptions(asked.seed, asked.nodes, asked.seconds)), asked.seed)
+    if asked.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        print("\n".join(_lines(report)))
+        print(f"real time      {time.monotonic() - began:.1f} s")
+    return 0 if report.went_well else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mycel sim", description=__doc__)
+    scenarios = parser.add_subparsers(dest="scenario", required=True)
+    swarm = scenarios.add_parser(
+        "swarm", help="daemons join, run a generation, and lose a third of themselves in the middle"
+    )
+    swarm.add_argument("--nodes", type=int, default=30, help="daemons in all (default 30)")
+    swarm.add_argument("--deaths", type=int, help="how many die (default: a third)")
+    swarm.add_argument("--tokens", type=int, default=24, help="tokens to generate (default 24)")
+    rough = scenarios.add_parser("storm", help="bare machines chat while everything goes wrong")
+    rough.add_argument("--nodes", type=int, default=12, help="machines (default 12)")
+    rough.add_argument("--seconds", type=float, default=60.0, help="virtual seconds (default 60)")
+    for scenario in (swarm, rough):
+        scenario.add_argument("--seed", type=int, default=0, help="what everything is drawn from (default 0)")
+        scenario.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _swarm(asked: argparse.Namespace) -> DieoffReport:
+    deaths = asked.nodes // 3 if asked.deaths is None else asked.deaths
+    if asked.nodes < 6 or asked.tokens < 6 or not 0 < deaths < asked.nodes - 1:
+        raise SystemExit("mycel sim swarm: give at least 6 nodes, 6 tokens, and leave two nodes alive")
+    from mycel.compute.model.tiny import tiny_llama  # torch takes seconds to load; --help should not
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_llama(Path(folder) / "tiny", num_hidden_layers=LAYERS)
+        options = DieoffOptions(model, asked.seed, asked.nodes, deaths, asked.tokens)
+        return clock.run(lambda: dieoff(options), asked.seed)
+
+
+def _lines(report: DieoffReport | StormReport) -> list[str]:
+    lines = []
+    for name, value in dataclasses.asdict(report).items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{kind} {count}" for kind, count in value.items())
+        elif isinstance(value, tuple | list):
+            value = " ".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:.3f}"
+        lines.append(f"{name.replace('_', ' '):<14} {value}")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
