@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mycel.node.stream import HostStream
 from mycel.protocol.channel import Channel
 from mycel.protocol.errors import MycelError, StreamReset
-from mycel.protocol.mesh import Access, StreamHandler
+from mycel.protocol.mesh import Access, StreamHandler, StreamTaker
 from mycel.protocol.multistream import Listener
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Who serves a protocol, and to whom."""
+    """Who serves a protocol, and to whom: a handler in a task of its own, or a taker in the reader."""
 
-    handler: StreamHandler
+    handler: StreamHandler | None
     access: Access
+    taker: StreamTaker | None = None
 
 
 class Arrival:
@@ -87,11 +88,11 @@ class Gate:
     def admit(self, link: Link, stream: HostStream, service: Service) -> None:
         """Start the handler now or when the peer's role is known, or turn the stream away."""
         if service.access == Access.STRANGER:
-            link.start_handler(stream, service.handler)
+            _give(link, stream, service)
         elif self.access is None:
             self._waiting.append((link, stream, service))
         elif self.access >= service.access:
-            link.start_handler(stream, service.handler)
+            _give(link, stream, service)
         else:
             link.turn_away(stream)
 
@@ -101,3 +102,14 @@ class Gate:
         waiting, self._waiting = self._waiting, []
         for link, stream, service in waiting:
             self.admit(link, stream, service)
+
+
+def _give(link: Link, stream: HostStream, service: Service) -> None:
+    if service.handler is not None:
+        link.start_handler(stream, service.handler)
+    elif service.taker is not None and link.lost is None:
+        try:
+            service.taker(stream)
+        except Exception as error:  # boundary: a taker's failure ends its own stream only
+            link.on_handler_error(stream.protocol, error)
+            stream.reset()

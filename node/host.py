@@ -44,7 +44,7 @@ from mycel.protocol.errors import (
 )
 from mycel.protocol.keys import OwnKey, key_of
 from mycel.protocol.limits import DEFAULT_LIMITS, Limits
-from mycel.protocol.mesh import Access, PeerEvent, PeerId, PeerInfo, StreamHandler
+from mycel.protocol.mesh import Access, PeerEvent, PeerId, PeerInfo, StreamHandler, StreamTaker
 from mycel.protocol.network import Listener, Network, Pipe
 
 _log = logging.getLogger(__name__)
@@ -327,11 +327,24 @@ class Host:
         self.counters.streams_outbound += 1
         return stream
 
+    def try_open_stream(self, peer: PeerId, protocol: str) -> HostStream | None:
+        """See `Mesh.try_open_stream`."""
+        stream = self._roster.primary(peer).try_open_stream(protocol)
+        self.counters.streams_outbound += stream is not None
+        return stream
+
     def serve_stream(self, protocol: str, handler: StreamHandler, *, access: Access = Access.MEMBER) -> None:
         """See `Mesh.serve_stream`. Raises `LocalProtocolError` where `protocol` is served already."""
+        self._serve(protocol, Service(handler, access))
+
+    def take_streams(self, protocol: str, taker: StreamTaker, *, access: Access = Access.MEMBER) -> None:
+        """See `Mesh.take_streams`. Raises `LocalProtocolError` where `protocol` is served already."""
+        self._serve(protocol, Service(None, access, taker))
+
+    def _serve(self, protocol: str, service: Service) -> None:
         if protocol in self.services:
             raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
-        self.services[protocol] = Service(handler, access)
+        self.services[protocol] = service
         if self._nursery is not None:
             self._settling.stale = True
 

@@ -261,6 +261,13 @@ class Link:
             await self._slots.park()
         return HostStream(self, self._connection.session.open(), self.peer, protocol)
 
+    def try_open_stream(self, protocol: str) -> HostStream | None:
+        """A stream, None where it would have to be waited for."""
+        session = self._connection.session if self.is_open and not self.draining else None
+        if session is None or not session.can_open:
+            return None
+        return HostStream(self, session.open(), self.peer, protocol)
+
     def on_stream(self, stream: HostStream, service: Service, data: bytes) -> None:
         """An inbound stream's protocol is agreed; `data` came behind it."""
         if data:

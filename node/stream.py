@@ -139,6 +139,7 @@ class HostStream:
 
     async def aclose(self) -> None:
         """See `Stream.aclose`."""
+        self._receiver = None
         self._lose(StreamClosed("this side closed the stream; open another one"))
         self._channel.forget()
         if not self._channel.fin_received:

@@ -141,6 +141,7 @@ class Stream(Protocol):
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
+StreamTaker = Callable[[Stream], None]
 
 
 class Mesh(Protocol):
@@ -172,10 +173,20 @@ class Mesh(Protocol):
         does not grant it shows as `StreamReset` or `Refused` on the first receive.
         """
 
+    def try_open_stream(self, peer: PeerId, protocol: str) -> Stream | None:
+        """As `open_stream`, now or not at all: None where it would have to wait. Raises `ConnectionLost`."""
+
     def serve_stream(self, protocol: str, handler: StreamHandler, *, access: Access = Access.MEMBER) -> None:
         """Let `handler` take inbound streams of `protocol` from peers of at least `access`.
 
         What a handler raises ends its own stream (reset) and is counted and logged, nothing else.
+        """
+
+    def take_streams(self, protocol: str, taker: StreamTaker, *, access: Access = Access.MEMBER) -> None:
+        """As `serve_stream`, without a task: `taker` is called in the connection's reader with each stream.
+
+        It must not block, and the stream is its own to end. What it raises resets the stream and is counted
+        and logged.
         """
 
     def disconnect(self, peer: PeerId, reason: str) -> None:

@@ -66,8 +66,8 @@ class Rpc:
         self._singles: dict[PeerId, int] = {}
         self._budgets: dict[PeerId, Budget] = {}
         self._peer_up = trio.lowlevel.ParkingLot()
-        mesh.serve_stream(LINE, self._serve_line, access=Access.SUBMIT)
-        mesh.serve_stream(SINGLE, self._serve_single, access=Access.SUBMIT)
+        mesh.take_streams(LINE, self._take_line, access=Access.SUBMIT)
+        mesh.take_streams(SINGLE, self._take_single, access=Access.SUBMIT)
         mesh.serve_stream(ANSWER, self._take_answer, access=Access.SUBMIT)
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -233,9 +233,10 @@ class Rpc:
 
     async def _open(self, peer: PeerId, protocol: str) -> Stream:
         if peer != self._mesh.peer_id:
-            return await self._mesh.open_stream(peer, protocol)
+            stream = self._mesh.try_open_stream(peer, protocol)
+            return await self._mesh.open_stream(peer, protocol) if stream is None else stream
         near, far = loop_pair(peer, protocol)
-        self._shop.spawn(self._serve_single, far)
+        self._take_single(far)
         return near
 
     async def _open_line(self, peer: PeerId) -> Line:
@@ -285,33 +286,36 @@ class Rpc:
         if lock is not None and not lock.locked():
             del self._opening[peer]
 
-    async def _serve_line(self, stream: Stream) -> None:
-        await LineServer(self._shop, stream).run()
+    def _take_line(self, stream: Stream) -> None:
+        LineServer(self._shop, stream).start()
 
-    async def _serve_single(self, stream: Stream) -> None:
+    def _take_single(self, stream: Stream) -> None:
         peer = stream.peer
         count = self._singles.get(peer, 0)
         if count >= self._limits.streams:
             stream.reset()
             return
         self._singles[peer] = count + 1
+        lone = LoneServer(self._shop, stream, self._end_single)
         try:
-            lone = LoneServer(self._shop, stream)
-            if lone.is_whole():
-                await lone.run()
-            elif not lone.is_lost:
-                budget = self._budgets.setdefault(peer, Budget(self._limits.in_flight_bytes))
-                await SingleServer(self._shop, stream, budget, lone.first).run()
-        except STREAM_GONE:
-            return
+            if not lone.serve():
+                self._shop.spawn(self._serve_single, stream, lone)
         except RemoteProtocolError as error:
+            self._end_single(peer)
             self._mesh.disconnect(peer, str(error))
+
+    async def _serve_single(self, stream: Stream, lone: LoneServer) -> None:
+        budget = self._budgets.setdefault(stream.peer, Budget(self._limits.in_flight_bytes))
+        try:
+            await SingleServer(self._shop, stream, budget, lone.first).run()
         finally:
-            count = self._singles.pop(peer) - 1
-            if count:
-                self._singles[peer] = count
-            else:
-                self._budgets.pop(peer, None)
+            self._end_single(stream.peer)
+
+    def _end_single(self, peer: PeerId) -> None:
+        self._singles[peer] -= 1
+        if not self._singles[peer]:
+            del self._singles[peer]
+            self._budgets.pop(peer, None)
 
     async def _take_answer(self, stream: Stream) -> None:
         line = self._lines.get(stream.peer)

@@ -108,30 +108,30 @@ def to_deadline(deadline_ms: int) -> float:
 class LineServer:
     """One peer's line."""
 
-    __slots__ = ("_held", "_over", "_peer", "_running", "_shop", "_stream", "_tail", "outlet")
+    __slots__ = ("_held", "_peer", "_running", "_shop", "_stream", "_tail", "outlet")
 
     def __init__(self, shop: Shop, stream: Stream) -> None:
         self._shop = shop
         self._stream = stream
         self._peer = stream.peer
-        self._running: dict[int, Worker] = {}
+        self._running: dict[int, LineJob] = {}
         self._held = 0
         self._tail = b""
-        self._over = trio.Event()
         self.outlet = Outlet(stream, shop.spawn, shop.limits.backlog_bytes)
 
-    async def run(self) -> None:
+    def start(self) -> None:
         """Serve until the peer ends the line or it is lost; then its running calls are cancelled."""
         self._stream.deliver_to(self._on_data)
-        try:
-            await self._over.wait()
-        finally:
-            for worker in self._running.values():
-                worker.cancel()
+
+    def _end(self) -> None:
+        for job in list(self._running.values()):
+            job.cancel()
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
         if chunk is None:
-            self._over.set()
+            self._end()
+            if error is None:
+                self._shop.spawn(self._stream.aclose)
             return
         if self._tail:
             chunk = memoryview(self._tail + bytes(chunk))
@@ -142,13 +142,13 @@ class LineServer:
                 if frame.kind == REQUEST:
                     self._on_request(frame)
                 elif frame.kind == CANCEL:
-                    worker = self._running.get(frame.call)
-                    if worker is not None:
-                        worker.cancel()
+                    job = self._running.get(frame.call)
+                    if job is not None:
+                        job.cancel()
                 else:
                     raise RemoteProtocolError(f"frame of kind {frame.kind} from a caller")
         except RemoteProtocolError as broken:
-            self._over.set()
+            self._end()
             self._shop.mesh.disconnect(self._peer, str(broken))
 
     def _on_request(self, frame: Frame) -> None:
@@ -180,7 +180,8 @@ class LineServer:
             self._answer_now(number, served, call, request)
             return
         self._held += frame.size
-        self._running[number] = shop.workers.start(LineJob(self, number, served, call, request, frame.size))
+        job = self._running[number] = LineJob(self, number, served, call, request, frame.size)
+        job.worker = shop.workers.start(job)
 
     def _answer_now(self, number: int, served: Served, call: Call, request: Any) -> None:
         try:
@@ -254,7 +255,7 @@ class LineServer:
 class LineJob:
     """One request on a line, for a worker."""
 
-    __slots__ = ("_call", "_line", "_number", "_request", "_served", "_size", "deadline")
+    __slots__ = ("_call", "_line", "_number", "_request", "_served", "_size", "deadline", "worker")
 
     def __init__(
         self, line: LineServer, number: int, served: Served, call: Call, request: Any, size: int
@@ -266,6 +267,12 @@ class LineJob:
         self._request = request
         self._size = size
         self.deadline = call.deadline
+        self.worker: Worker | None = None
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer."""
+        if self.worker is not None:
+            self.worker.cancel(self)
 
     async def run(self) -> None:
         """See `workers.Job`."""

@@ -38,9 +38,10 @@ class Worker:
         self.scope = trio.CancelScope(deadline=job.deadline)
         self.task: trio.lowlevel.Task | None = None
 
-    def cancel(self) -> None:
-        """Cancel the job at hand."""
-        self.scope.cancel()
+    def cancel(self, job: Job) -> None:
+        """Cancel `job`; nothing happens where it is over."""
+        if self.job is job:
+            self.scope.cancel()
 
     async def serve(self) -> None:
         """Do the job, and those that come after."""
