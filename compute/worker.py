@@ -1,7 +1,6 @@
 """The daemon's side of a worker: an `Engine` whose torch runs in a process of its own.
 
-The process is a child with one end of a socket pair, a few harmless environment variables, and no keys. A
-call writes its frame and reads the answer in the caller's own task: no task of ours stands between, so a
+A call writes its frame and reads the answer in the caller's own task: no task of ours stands between, so a
 step costs two system calls and two wake-ups more than torch's own time. Calls take turns (first come, first
 served).
 
@@ -17,16 +16,9 @@ when nobody calls. The same holds for a worker that speaks nonsense or does not 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import IO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import trio
 
@@ -59,6 +51,7 @@ from mycel.compute.pipe import (
     Rewind,
     advance,
 )
+from mycel.compute.process import WorkerOptions, WorkerProcess, describe_exit, start_process
 from mycel.protocol.errors import LocalProtocolError, RemoteProtocolError
 from mycel.protocol.frame import Frame, FrameKind, pack
 from mycel.protocol.mesh import Buffer
@@ -66,59 +59,20 @@ from mycel.protocol.mesh import Buffer
 Req = TypeVar("Req")
 Res = TypeVar("Res")
 
-PASSED_ON = (
-    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
-    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
-)  # fmt: skip
-"""Variables a worker may see of those it is offered: where things are, never secrets."""
-OWN_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # idle OpenMP threads sleep instead of burning what other workers need
-    "GOMP_SPINCOUNT": "0",
-    "KMP_BLOCKTIME": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONHASHSEED": "0",
-}
-STDERR_QUOTED_BYTES = 2000
-STDERR_QUOTED_LINES = 6
 EXIT_S = 2.0
 """How long a worker that was told to go, or whose socket ended, may take before it is killed."""
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """How to run a worker process."""
-
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """The daemon's own; only `PASSED_ON` of it reaches the worker."""
-    memory_bytes_max: int = 0
-    """Private main memory that the process may take; 0: no limit. Not for CUDA, which maps more."""
-    step_s_max: float = 120.0
-    """A step (or any call but load) unanswered for so long means a hung worker, which is killed. Far above
-    any step: sessions have their own, shorter deadlines."""
-    start_s_max: float = 120.0
-    """From start to the worker's hello: importing torch takes 2-4 s, on a busy or cold machine much more."""
 
 
 class WorkerEngine:
     """An `Engine` in a process of its own. Made by `start_worker`; `aclose` ends the process."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], sock: socket.socket, stderr: IO[bytes], options: WorkerOptions
-    ) -> None:
+    def __init__(self, process: WorkerProcess, options: WorkerOptions) -> None:
         self._process = process
-        self._sock = sock
-        self._stderr = stderr
         self._options = options
         self._receiver = FrameReceiver()
         self._outbox: list[Buffer] = []
         self._number = 0
         self._turn = trio.Lock()
-        self._watch = trio.Lock()
         self._hello: Hello | None = None
         self._why: str | None = None  # set once the worker is lost
 
@@ -159,7 +113,7 @@ class WorkerEngine:
         return await self._call(STATS, Nothing())
 
     async def wait_lost(self) -> EngineLost:
-        await self._wait_exit()
+        await self._process.wait_exit()
         if self._turn.locked():  # whoever is in a call reads the worker's own reason first
             with trio.move_on_after(EXIT_S):
                 async with self._turn:
@@ -177,13 +131,12 @@ class WorkerEngine:
             if self._why is None:
                 self._why = "it was closed"
                 with contextlib.suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)
+                    self._process.sock.shutdown(socket.SHUT_RDWR)
                 with trio.move_on_after(EXIT_S):
-                    await self._wait_exit()
+                    await self._process.wait_exit()
             self._process.kill()
-            await self._wait_exit()
-        _close(self._sock)
-        self._stderr.close()
+            await self._process.wait_exit()
+        self._process.close()
 
     async def _call(
         self,
@@ -253,25 +206,25 @@ class WorkerEngine:
             pass  # its end of the socket is gone
         if self._why is None:
             with trio.move_on_after(EXIT_S):
-                await self._wait_exit()
+                await self._process.wait_exit()
             self._lose(None)
         raise self._lost()
 
     async def _flush(self) -> None:
         while self._outbox:
             try:
-                sent = self._sock.sendmsg(self._outbox[:GATHER_MAX])
+                sent = self._process.sock.sendmsg(self._outbox[:GATHER_MAX])
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
+                await trio.lowlevel.wait_writable(self._process.sock)
             else:
                 self._outbox = advance(self._outbox, sent)
 
     async def _receive(self) -> Frame | None:
         while (frame := self._receiver.next()) is None:
             try:
-                count = self._sock.recv_into(self._receiver.room())
+                count = self._process.sock.recv_into(self._receiver.room())
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
+                await trio.lowlevel.wait_readable(self._process.sock)
                 continue
             if not count:
                 return None
@@ -296,45 +249,24 @@ class WorkerEngine:
             case "memory":
                 self._lose(f"out of memory in {name}: {failure.text}")
             case _:
-                self._lose(f"it failed in {name}: {failure.text}{self._last_words()}")
+                self._lose(f"it failed in {name}: {failure.text}{self._process.last_words()}")
         return self._lost()
-
-    async def _wait_exit(self) -> None:
-        """Park until the process has ended. Any number of tasks may wait."""
-        async with self._watch:
-            if self._process.poll() is not None:
-                return
-            if hasattr(os, "pidfd_open"):
-                fd = os.pidfd_open(self._process.pid)
-                try:
-                    await trio.lowlevel.wait_readable(fd)
-                finally:
-                    os.close(fd)
-                self._process.wait()
-            else:
-                await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
 
     def _lose(self, why: str | None) -> None:
         """Note the loss, once; None: by how the process ended."""
         if self._why is not None:
             return
-        status = self._process.poll()
+        status = self._process.status
         if why is None:
             why = "it closed its socket" if status is None else describe_exit(status)
-            why += self._last_words()
+            why += self._process.last_words()
         self._why = why
         self._process.kill()
         self._outbox.clear()
-        _close(self._sock)
+        self._process.close_socket()
 
     def _lost(self) -> EngineLost:
         return EngineLost(f"worker process {self.pid} is gone: {self._why}")
-
-    def _last_words(self) -> str:
-        fd = self._stderr.fileno()
-        begin = max(0, os.fstat(fd).st_size - STDERR_QUOTED_BYTES)
-        lines = os.pread(fd, STDERR_QUOTED_BYTES, begin).decode("utf-8", "replace").strip().splitlines()
-        return "".join(f"\n    {line}" for line in lines[-STDERR_QUOTED_LINES:])
 
 
 def start_worker(options: WorkerOptions | None = None) -> WorkerEngine:
@@ -344,61 +276,4 @@ def start_worker(options: WorkerOptions | None = None) -> WorkerEngine:
     process can be started.
     """
     options = options or WorkerOptions()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours.setblocking(False)
-    stderr = tempfile.TemporaryFile(prefix="mycel-worker-")  # noqa: SIM115 closed by aclose
-    fcntl.fcntl(
-        stderr, fcntl.F_SETFL, fcntl.fcntl(stderr, fcntl.F_GETFL) | os.O_APPEND
-    )  # it will be cut short
-    command = [
-        sys.executable, "-I", "-m", "mycel.compute.worker_main",
-        str(theirs.fileno()), str(os.getpid()), str(options.memory_bytes_max),
-    ]  # fmt: skip
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-            pass_fds=(theirs.fileno(),),
-            env=scrub(options.environment),
-            start_new_session=True,
-        )
-    except OSError:
-        ours.close()
-        stderr.close()
-        raise
-    finally:
-        theirs.close()
-    return WorkerEngine(process, ours, stderr, options)
-
-
-def open_stderr() -> IO[bytes]:
-    """A file without a name for what a worker prints; appended to, so that it can be cut short meanwhile."""
-    file = tempfile.TemporaryFile(prefix="mycel-worker-")  # noqa: SIM115 the engine closes it
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-    return file
-
-
-def scrub(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker: what of `environment` it may see, and our own settings."""
-    return {name: environment[name] for name in PASSED_ON if name in environment} | OWN_ENVIRONMENT
-
-
-def describe_exit(status: int) -> str:
-    """How a process ended, in words, by its return code as subprocess tells it."""
-    if status >= 0:
-        return f"it exited with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = " (the kernel does so when memory runs out)" if -status == signal.SIGKILL else ""
-    return f"it was killed by {name}{hint}"
-
-
-def _close(sock: socket.socket) -> None:
-    """Close a socket that tasks may be waiting on: they get `trio.ClosedResourceError`."""
-    if sock.fileno() >= 0:
-        trio.lowlevel.notify_closing(sock)
-        sock.close()
+    return WorkerEngine(start_process(options), options)

@@ -23,7 +23,8 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.compute.device import plan_budget, probe_machine
-from mycel.compute.worker import WorkerOptions, start_worker
+from mycel.compute.process import WorkerOptions
+from mycel.compute.worker import start_worker
 from mycel.node import daemon
 from mycel.node.config import Config
 from mycel.node.memory import FolderMemory, Memory

@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from mycel.compute.model.tiny import tiny_model
-from mycel.compute.worker import WorkerEngine, WorkerOptions, start_worker
+from mycel.compute.process import WorkerOptions
+from mycel.compute.worker import WorkerEngine, start_worker
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from mycel.compute.engine import Sampled, Sampling, Span, StageSpec, Work
 from mycel.compute.model.sample import draw
 from mycel.compute.model.tiny import tiny_model
-from mycel.compute.worker import WorkerEngine, WorkerOptions, start_worker
+from mycel.compute.process import WorkerOptions
+from mycel.compute.worker import WorkerEngine, start_worker
 
 SPANS = (Span(0, 1), Span(1, 3), Span(3, 4))
 PROMPT = (7, 3, 88, 12, 5, 61, 3, 3, 40, 9, 21)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mycel.compute.engine import EngineLost, Sampling, Span, StageSpec, Work
 from mycel.compute.inline import InlineEngine
+from mycel.compute.process import WorkerOptions
 from mycel.compute.supervise import (
     EngineEvent,
     Loading,
@@ -22,7 +23,7 @@ from mycel.compute.supervise import (
     Supervisor,
     plan_restart,
 )
-from mycel.compute.worker import WorkerEngine, WorkerOptions, start_worker
+from mycel.compute.worker import WorkerEngine, start_worker
 
 STEP = Work("s", Span(0, 4), 0, tokens=(1, 2, 3), sampling=Sampling())
 
@@ -72,7 +73,7 @@ async def test_killed_worker_comes_back_with_its_stage(tiny_llama_path: Path) ->
         assert after == before
         assert [type(event) for event in diary.events][:2] == [Lost, Loading]
         nursery.cancel_scope.cancel()
-    assert [worker._process.returncode for worker in workers].count(None) == 0
+    assert [worker._process.status for worker in workers].count(None) == 0
 
 
 async def test_calls_fail_at_once_while_the_worker_is_down(

@@ -19,7 +19,8 @@ import trio
 from mycel.compute.engine import EngineLost, Sampling, Span, StageSpec, Work
 from mycel.compute.model.tiny import tiny_llama
 from mycel.compute.pipe import HELLO, Hello
-from mycel.compute.worker import WorkerEngine, WorkerOptions, describe_exit, open_stderr, scrub, start_worker
+from mycel.compute.process import WorkerOptions, WorkerProcess, describe_exit, open_stderr, scrub
+from mycel.compute.worker import WorkerEngine, start_worker
 from mycel.protocol.frame import FrameKind, pack
 
 ALL = Span(0, 4)
@@ -163,7 +164,8 @@ async def test_worker_that_talks_nonsense_is_killed(program: str, why: str) -> N
             await worker.stats()
         with pytest.raises(EngineLost, match=why):
             await worker.step([STEP])
-        assert worker._process.wait(10) is not None
+        with trio.fail_after(10):
+            await worker._process.wait_exit()
     finally:
         await worker.aclose()
 
@@ -179,7 +181,7 @@ def start_program(program: str, **options: float) -> WorkerEngine:
         stderr=stderr,
     )
     theirs.close()
-    return WorkerEngine(process, ours, stderr, WorkerOptions(**options))  # type: ignore[arg-type]
+    return WorkerEngine(WorkerProcess(process, ours, stderr), WorkerOptions(**options))  # type: ignore[arg-type]
 
 
 async def test_worker_that_does_not_start_in_time_is_killed() -> None:
@@ -194,7 +196,7 @@ async def test_close_ends_a_worker_that_will_not_listen() -> None:
     began = trio.current_time()
     await worker.aclose()
     assert trio.current_time() - began < 10
-    assert worker._process.returncode == -signal.SIGKILL
+    assert worker._process.status == -signal.SIGKILL
     with pytest.raises(EngineLost, match="closed"):
         await worker.stats()
     await worker.aclose()
