@@ -137,7 +137,8 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
             handle.__exit__(None, None, None)
     check_complete(name, model, report)
     loaded: PreTrainedModel = model
-    return loaded.eval()  # requires_grad stays set: torch.matmul folds by it, and that shows in the last bit
+    loaded.eval()
+    return loaded  # requires_grad stays set: torch.matmul folds by it, and that shows in the last bit
 
 
 def wanted_tensors(
@@ -178,3 +179,33 @@ def check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) ->
             raise ModelUnsupported(
                 f"{name}: {kind} {left[0]} was not in the checkpoint nor made by the model"
             )
+    unknown = unknown_buffers(model)
+    if unknown:
+        raise ModelUnsupported(
+            f"{name}: buffer {unknown[0]} is not in the checkpoint and transformers does not set it up; "
+            "it would hold whatever was in memory"
+        )
+
+
+def unknown_buffers(model: PreTrainedModel) -> list[str]:
+    """Buffers that no checkpoint saves and the model's own initialisation leaves as they are.
+
+    Found by spoiling a copy of each and asking the model to initialise it again.
+    """
+    found = []
+    for path, module in model.named_modules():
+        names = sorted(module._non_persistent_buffers_set)
+        if not names or next(module.parameters(recurse=False), None) is not None:
+            continue
+        kept = {name: module._buffers[name] for name in names}
+        for name, buffer in kept.items():
+            if buffer is not None:
+                module._buffers[name] = torch.full_like(buffer, 77)
+        with torch.no_grad():
+            model._init_weights(module)
+        for name, buffer in kept.items():
+            made = module._buffers[name]
+            if buffer is not None and (made is None or not torch.equal(made, buffer)):
+                found.append(f"{path}.{name}")
+            module._buffers[name] = buffer
+    return found
