@@ -11,7 +11,7 @@ import trio
 from mycel.node import start
 from mycel.node.running import Node
 from mycel.node.settings import resolve
-from mycel.protocol.errors import MycelError
+from mycel.protocol.errors import MycelError, single_failure
 
 
 def main() -> int:
@@ -21,9 +21,11 @@ def main() -> int:
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=config.log.upper(), stream=sys.stderr, format=form)
         trio.run(start.run, config, start.Watcher(_on_up, lambda node: None, lambda: None))
-    except* MycelError as group:
-        for error in group.exceptions:
-            print(f"mycel: {error}", file=sys.stderr)
+    except (MycelError, BaseExceptionGroup) as error:
+        failure = single_failure(error)
+        if failure is None:
+            raise
+        print(f"mycel: {failure}", file=sys.stderr)
         return 1
     return 0
 

@@ -57,12 +57,13 @@ class Client:
     def _answer(self, method: str, path: str, content: object) -> Iterator[http.client.HTTPResponse]:
         try:
             where = json.loads((self._home / API_FILE).read_text("utf-8"))
-            url, token = urlsplit(where["url"]), where["token"]
+            url, token = urlsplit(str(where["url"])), str(where["token"])
+            host, port = url.hostname or "", url.port or 80
         except FileNotFoundError:
             raise self._not_running() from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ControlError(f"{self._home / API_FILE} cannot be used: {error}") from None
-        connection = http.client.HTTPConnection(url.hostname or "", url.port or 80, timeout=self._timeout_s)
+        connection = http.client.HTTPConnection(host, port, timeout=self._timeout_s)
         with closing(connection):
             body = None if content is None else json.dumps(content).encode()
             headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}

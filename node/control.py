@@ -17,6 +17,7 @@ import trio
 
 from mycel.compute.chat import ChatError
 from mycel.compute.engine import EngineLost, ModelUnsupported, Sampling
+from mycel.compute.infer.generate import Generation
 from mycel.compute.infer.request import GenerateRequest
 from mycel.node.running import Node
 from mycel.node.views import GenerateAsk, GenerateEvent, Problem, ServeAsk, TicketAsk
@@ -110,15 +111,17 @@ class Control:
 
     async def _send_generation(self, request: GenerateRequest, send: Send) -> None:
         begun = False
+        generation: Generation | None = None
         try:
-            async with self._node.generator.generate(request) as generation:
-                try:
+            try:
+                async with self._node.generator.generate(request) as generation:
                     async for piece in generation:
                         if not begun:
                             await send_head(send, 200, b"application/x-ndjson")
                             begun = True
                         await _send_line(send, GenerateEvent(text=piece.text))
-                finally:
+            finally:
+                if generation is not None:
                     self._node.note_report(generation.report)
             report = generation.report
             await _send_line(send, GenerateEvent(report=report, labels=self._node.labels_in(report)))

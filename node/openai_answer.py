@@ -7,7 +7,8 @@ one that strikes after the first event was sent comes as an event.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mycel.compute.chat import ChatError
-from mycel.compute.infer.generate import Generator
+from mycel.compute.infer.generate import Generation, Generator
 from mycel.compute.infer.request import (
     GenerateRequest,
     LayersMissing,
@@ -117,15 +118,12 @@ class Answer(Response):
     async def _generate(
         self, choice: Choice, job: GenerateRequest, news: trio.MemorySendChannel[tuple[Choice, Piece]]
     ) -> None:
-        async with news, self._services.generator.generate(job) as generation:
+        async with news, reported(self._services, job) as generation:
             choice.prompt_tokens, choice.session = len(generation.prompt), generation.session
-            try:
-                async for piece in generation:
-                    choice.tokens += len(piece.tokens)
-                    choice.finish = piece.finish or choice.finish
-                    await news.send((choice, piece))
-            finally:
-                self._services.on_report(generation.report)
+            async for piece in generation:
+                choice.tokens += len(piece.tokens)
+                choice.finish = piece.finish or choice.finish
+                await news.send((choice, piece))
 
     async def _send_piece(self, send: Send, choice: Choice, piece: Piece) -> None:
         if not self._begun:
@@ -200,6 +198,18 @@ class Answer(Response):
         if not self._form.with_logprobs:
             return None
         return chat_logprobs(tokens) if self._form.is_chat else completion_logprobs(tokens, offset)
+
+
+@asynccontextmanager
+async def reported(services: ApiServices, job: GenerateRequest) -> AsyncIterator[Generation]:
+    """A generation whose report is handed on when it is over, in whatever way."""
+    generation: Generation | None = None
+    try:
+        async with services.generator.generate(job) as generation:
+            yield generation
+    finally:
+        if generation is not None:
+            services.on_report(generation.report)
 
 
 def api_error(error: BaseException) -> ApiError:

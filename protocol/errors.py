@@ -80,3 +80,11 @@ class RemoteError(MycelError):
         super().__init__(f"{kind}: {text}")
         self.kind = kind
         self.text = text
+
+
+def single_failure(error: BaseException) -> MycelError | None:
+    """What to tell the user of `error`, a group or not: its first part. None where any part is a bug."""
+    if isinstance(error, BaseExceptionGroup):
+        parts = [single_failure(part) for part in error.exceptions]
+        return None if None in parts else parts[0]
+    return error if isinstance(error, MycelError) else None

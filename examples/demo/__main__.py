@@ -26,6 +26,7 @@ from train import Training, trained_model
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 STAGES = 3
+SEEDS = 6
 STALL_S_MAX = 3.0
 LOGPROB_ERROR_MAX = 1e-3
 """Between split and unsplit: other kernels may round the last bits of float32 differently."""
@@ -47,15 +48,14 @@ def main() -> int:
 
 
 def _demo() -> None:
-    ask = Ask()
     show.title("A small model to split")
     with show.training() as progress:
         folder, seconds = trained_model(Training(), CACHE, progress)
     done = (folder / "done").read_text("utf-8").strip()
     show.say(f"trained in {seconds:.0f} s, {done}" if seconds else f"kept from an earlier run, {done}")
     show.say(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
-    unsplit = run_unsplit(folder, ask)
-    torch.set_num_threads(1)  # what follows needs the cores
+    torch.set_num_threads(1)  # so small a model is quickest on one
+    ask, unsplit = _choose_sentence(folder)
 
     show.title("Four daemons, one swarm")
     options = ["--preset", "local", "--stages", str(STAGES), "--threads", "1", "--models", str(folder.parent)]
@@ -64,6 +64,12 @@ def _demo() -> None:
         _show_swarm(swarm, first)
         calm, stormy, report = _generate_twice(swarm, first, folder.name, ask)
         _judge(swarm, unsplit, calm, stormy, report)
+
+
+def _choose_sentence(folder: Path) -> tuple[Ask, Run]:
+    """Of some seeds' sentences the one with the most in it: so small a model likes to go on with blanks."""
+    runs = [(ask, run_unsplit(folder, ask)) for ask in (Ask(seed=seed) for seed in range(SEEDS))]
+    return max(runs, key=lambda pair: len("".join(pair[1].text.split())))
 
 
 def _start(swarm: Swarm, folder: Path) -> Daemon:
@@ -90,11 +96,9 @@ def _show_swarm(swarm: Swarm, first: Daemon) -> None:
     holders = {one["peer"]: one for one in first.control.get("models")[0]["holders"]}
     rows = []
     for daemon in swarm.daemons:
-        held = holders[daemon.peer]
-        status = daemon.control.get("status")
-        rows.append(
-            (daemon.name, f"…{daemon.peer[-8:]}", f"{held['start']}:{held['end']}", str(status["peers"]))
-        )
+        layers = f"{holders[daemon.peer]['start']}:{holders[daemon.peer]['end']}"
+        connected = str(daemon.control.get("status")["peers"])
+        rows.append((daemon.name, f"…{daemon.peer[-8:]}", layers, connected))
     show.table(("daemon", "peer id", "layers", "connected to"), rows)
 
 

@@ -24,8 +24,8 @@ class Ask:
 
     prompt: str = "def read_config(path, "
     tokens: int = 160
-    temperature: float = 0.6
-    seed: int = 11
+    temperature: float = 0.5
+    seed: int = 0
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import sys
 import click
 
 from mycel import __version__
-from mycel.protocol.errors import MycelError, UsageProblem
+from mycel.protocol.errors import MycelError, UsageProblem, single_failure
 
 COMMANDS = {
     "up": "mycel.commands.run:up",
@@ -82,11 +82,3 @@ def main() -> int:
         click.echo(f"mycel: {failure}", err=True)
         return 2 if isinstance(failure, UsageProblem) else 1
     return 0
-
-
-def single_failure(error: BaseException) -> MycelError | None:
-    """What to tell the user: the first of an error's parts; None where one of them is a bug."""
-    if isinstance(error, BaseExceptionGroup):
-        parts = [single_failure(part) for part in error.exceptions]
-        return None if None in parts else parts[0]
-    return error if isinstance(error, MycelError) else None
