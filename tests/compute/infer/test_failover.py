@@ -22,7 +22,9 @@ def request_of(**changes: Any) -> GenerateRequest:
     return GenerateRequest(**asked)
 
 
-async def run_with(owner: Any, request: GenerateRequest, at: int, act: Callable[[], Any]) -> tuple[list[int], Any]:
+async def run_with(
+    owner: Any, request: GenerateRequest, at: int, act: Callable[[], Any]
+) -> tuple[list[int], Any]:
     """All tokens, and the report; `act` is called once when `at` tokens are there."""
     tokens: list[int] = []
     async with owner.generator.generate(request) as generation:
@@ -56,7 +58,7 @@ async def test_any_one_stage_may_die(swarm: Any, llama: Any, reference: Any, whi
         assert [stage.peer for stage in report.route] == [
             spare.peer if node is dying else node.peer for node in nodes[1:4]
         ]
-        # Every row once at each survivor, however far the sentence had come; the spare computed all of its own.
+        # Every row once at each survivor, however far the sentence had come; at the spare too.
         for node in nodes[1:4]:
             if node is not dying:
                 assert node.rows == len(PROMPT) + COUNT - 1
@@ -247,7 +249,7 @@ async def test_a_second_stage_dies_during_recovery(
     swarm: Any, llama: Any, reference: Any, delay: float
 ) -> None:
     async with swarm() as s, trio.open_nursery() as nursery:
-        owner, first, middle, last, *_ = await s.stages(llama, [0, 1, 3, 4], spares=2)
+        owner, first, middle, *_ = await s.stages(llama, [0, 1, 3, 4], spares=2)
 
         async def later() -> None:
             await trio.sleep(delay)
