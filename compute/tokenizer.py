@@ -7,8 +7,9 @@ A model that has no tokenizer.json is converted in the worker, where transformer
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -33,7 +34,7 @@ END = "<|end|>"
 
 
 class TokenizerError(ValueError):
-    """These files are no tokenizer; the text names the file and what to do."""
+    """These files are no tokenizer, or one that fails; the text says where, and what to do."""
 
 
 class Tokenizer:
@@ -73,14 +74,22 @@ class Tokenizer:
         return found
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of `text`. `add_special` adds what the model wants around a text (a first token)."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special).ids
+        """Token ids of `text`. `add_special` adds what the model wants around a text (a first token).
+
+        Raises `TokenizerError` where the files make no sense for it.
+        """
+        with _contained("this text cannot be encoded"):
+            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special).ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; unfinished characters come out as U+FFFD. Unknown ids have no text."""
+        """Text of `ids`; unfinished characters come out as U+FFFD. Unknown ids have no text.
+
+        Raises `TokenizerError` where the files make no sense for it.
+        """
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        text: str = self._inner.decode(known, skip_special_tokens=skip_special)
+        with _contained("these tokens cannot be decoded"):
+            text: str = self._inner.decode(known, skip_special_tokens=skip_special)
         return text
 
     def token_text(self, token: int) -> str:
@@ -127,10 +136,8 @@ def read_tokenizer(files: Mapping[str, bytes], *, wall: Callable[[], float] | No
             "the model has no tokenizer.json; save one beside its config.json with "
             "transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)"
         )
-    try:
+    with _contained("tokenizer.json cannot be read"):
         inner = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # boundary: the library raises bare Exception for any malformed file
-        raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
     inner.no_truncation()
     inner.no_padding()
     config = _read_json(files, "tokenizer_config.json")
@@ -163,6 +170,21 @@ def byte_level_tokenizer_files(chat_template: str | None = None) -> dict[str, by
         "tokenizer.json": byte_level_tokenizer_json(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
     }
+
+
+@contextlib.contextmanager
+def _contained(what: str) -> Iterator[None]:
+    """Make a `TokenizerError` of whatever the library raises over a file that makes no sense.
+
+    It raises bare Exception, and where it fails an assertion of its own a PanicException, which derives from
+    BaseException, cannot be imported, and would otherwise end the daemon.
+    """
+    try:
+        yield
+    except BaseException as error:  # boundary: of a library in another language, see above
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {error}") from error
 
 
 def _byte_letters() -> list[str]:

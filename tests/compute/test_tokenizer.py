@@ -154,6 +154,21 @@ def test_broken_files_are_named(files: dict[str, bytes], word: str) -> None:
         read_tokenizer(whole | files)
 
 
+def changed(**parts: object) -> dict[str, bytes]:
+    """The byte-level tokenizer with other parts in its tokenizer.json."""
+    whole = json.loads(byte_level_tokenizer_json())
+    return {"tokenizer.json": json.dumps(whole | parts).encode()}
+
+
+def test_a_panic_of_the_library_is_contained() -> None:
+    """Rust's panics arrive as a BaseException of no importable class: a bad file must not end a daemon."""
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        read_tokenizer(changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}))
+    tokenizer = read_tokenizer(changed(pre_tokenizer={"type": "FixedLength", "length": 0}))
+    with pytest.raises(TokenizerError, match="cannot be encoded"):
+        tokenizer.encode("abc")
+
+
 def test_ids_from_nowhere_have_no_text() -> None:
     tokenizer = read_tokenizer(byte_level_tokenizer_files())
     assert tokenizer.decode([-1, 65, 257, 2**40]) == "A"
