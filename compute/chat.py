@@ -20,6 +20,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from mycel.protocol.errors import MycelError
+
 TEMPLATE_BYTES_MAX = 256 * 1024
 PROMPT_CHARS_MAX = 16 * 1024 * 1024
 RANGE_MAX = 100_000
@@ -31,7 +33,7 @@ DEFAULT_TEMPLATE = (
 )
 
 
-class ChatError(ValueError):
+class ChatError(MycelError, ValueError):
     """These messages cannot be made a prompt of this model; the text says why."""
 
 

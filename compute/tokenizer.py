@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from mycel.compute.chat import DEFAULT_TEMPLATE, ChatError, ChatTemplate
 from mycel.compute.textstream import TextStream
+from mycel.protocol.errors import MycelError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,7 +34,7 @@ FILES_BYTES_MAX = 64 * 1024 * 1024
 END = "<|end|>"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(MycelError, ValueError):
     """These files are no tokenizer, or one that fails; the text says where, and what to do."""
 
 
