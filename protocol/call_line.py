@@ -7,6 +7,7 @@ fails with `ConnectionLost`, and the next call opens a new line.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -106,11 +107,12 @@ class Line:
             await self._room.park()
 
     async def ask(
-        self, number: int, method: Method[Any, Any], request: Any, deadline: float, is_watched: bool
+        self, number: int, method: Method[Any, Any], request: Any, deadline: float, until: float
     ) -> Any:
         """The answer to `request`. Raises as `Rpc.call`, or `TooLarge`; cancelling it cancels the handler.
 
-        `is_watched`: a cancel scope around the caller sees to the deadline (trio time), not this line.
+        `deadline` (trio time) travels. `until` is what this side waits for at most: infinite where a cancel
+        scope around the caller sees to it.
         """
         data = self._encode(number, method, request, deadline)
         if self.lost is not None:
@@ -122,8 +124,8 @@ class Line:
             raise lost(error, self.peer, method.name) from error
         self._pending[number] = pending
         self._held += pending.size
-        if not is_watched:
-            self._alarm.set(deadline, number, pending)
+        if until < math.inf:
+            self._alarm.set(until, number, pending)
         return await trio.lowlevel.wait_task_rescheduled(pending.abort)
 
     def give_up(self, number: int) -> bool:

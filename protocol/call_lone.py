@@ -6,13 +6,15 @@ connection's reader and wakes the caller. What is too large for that goes by `ca
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import outcome
 import trio
 
+from mycel.protocol.alarm import Alarm
 from mycel.protocol.callbook import codec_of
-from mycel.protocol.errors import ConnectionLost, RemoteProtocolError, StreamReset
+from mycel.protocol.errors import ConnectionLost, DeadlineExceeded, RemoteProtocolError, StreamReset
 from mycel.protocol.failure import decode_failure, lost
 from mycel.protocol.frame import ERROR, HEAD_BYTES, RESPONSE, Frame, FrameReader, split
 from mycel.protocol.limits import CallLimits
@@ -24,7 +26,7 @@ from mycel.protocol.method import Method
 class LoneCall:
     """One call. `send` first; where it took the request, wait for the `answer`."""
 
-    __slots__ = ("_limits", "_method", "_reader", "_result", "_stream", "_task")
+    __slots__ = ("_limits", "_method", "_reader", "_result", "_stream", "_task", "is_settled")
 
     def __init__(self, stream: Stream, method: Method[Any, Any], limits: CallLimits) -> None:
         self._stream = stream
@@ -33,6 +35,7 @@ class LoneCall:
         self._task: trio.lowlevel.Task | None = None
         self._reader: FrameReader | None = None
         self._result: outcome.Outcome[Any] | None = None
+        self.is_settled = True
 
     def send(self, request: Buffer) -> bool:
         """Send the whole call; False (nothing sent) where the window has no room for it.
@@ -44,17 +47,30 @@ class LoneCall:
         except StreamReset as error:
             raise lost(error, self._stream.peer, self._method.name) from error
 
-    async def answer(self) -> Any:
-        """Wait for the response. Raises as `Rpc.call`; cancelling it cancels the handler."""
+    async def answer(self, alarm: Alarm, number: int, deadline: float) -> Any:
+        """Wait for the response. Raises as `Rpc.call`; cancelling it cancels the handler.
+
+        `alarm` sees to the deadline (trio time), unless that is infinite.
+        """
         self._stream.deliver_to(self._on_data)
         if self._result is None:
             self._task = trio.lowlevel.current_task()
-            self._result = await trio.lowlevel.wait_task_rescheduled(self._abort)
+            if deadline < math.inf:
+                alarm.set(deadline, number, self)
+            try:
+                self._result = await trio.lowlevel.wait_task_rescheduled(self._abort)
+            finally:
+                alarm.clear(self)
         if isinstance(self._result, outcome.Value):
             await self._stream.aclose()
         else:
             self._stream.reset()
         return self._result.unwrap()
+
+    def expire(self) -> None:
+        """The deadline came before the answer."""
+        error = DeadlineExceeded(f"{self._method.name}: no answer from {self._stream.peer} in time")
+        self._finish(outcome.Error(error))
 
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._task = None

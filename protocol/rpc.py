@@ -116,23 +116,32 @@ class Rpc:
         if method.kind is not Kind.UNARY:
             raise LocalProtocolError(f"{method.name} is a {method.kind.value} method; open it with stream()")
         deadline, is_watched = self._deadline(method, deadline_s)
-        line = self._lines.get(peer)
-        large: list[Buffer] | None = None
-        if line is not None and not (fresh or method.idempotent or line.is_full or line.lost):
+        until = math.inf if is_watched else deadline
+        parts: list[Buffer] = []
+        on_line = not fresh and peer != self._mesh.peer_id
+        answer: Res
+        if not method.idempotent:  # the two short ways, without a cancel scope
             try:
-                answer: Res = await line.ask(next(self._numbers), method, request, deadline, is_watched)
-                return answer
+                line = self._lines.get(peer)
+                if on_line and line is not None and not (line.is_full or line.lost):
+                    answer = await line.ask(next(self._numbers), method, request, deadline, until)
+                    return answer
             except TooLarge as too_large:
-                large = too_large.parts
-        if large is None and (fresh or peer == self._mesh.peer_id):
-            large = []
-        with trio.CancelScope(deadline=math.inf if is_watched else deadline):
+                parts, on_line = too_large.parts, False
+            if fresh:
+                number = next(self._numbers)
+                parts = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
+                lone = self._try_lone(peer, method, parts)
+                if lone is not None:
+                    answer = await lone.answer(self._alarm, number, until)
+                    return answer
+        with trio.CancelScope(deadline=until):
             try:
-                answer = await self._ask(peer, method, request, deadline, large)
+                answer = await self._ask(peer, method, request, deadline, parts, on_line)
             except ConnectionLost:
                 if not method.idempotent or not await self._is_back(peer):
                     raise
-                answer = await self._ask(peer, method, request, deadline, large)
+                answer = await self._ask(peer, method, request, deadline, parts, on_line)
             return answer
         raise DeadlineExceeded(f"{method.name}: no answer from {peer} in time")
 
@@ -186,34 +195,43 @@ class Rpc:
             )
         return around, True
 
+    def _try_lone(self, peer: PeerId, method: Method[Any, Any], parts: list[Buffer]) -> LoneCall | None:
+        """The call, sent on a stream of its own; None (nothing sent) where it cannot be now or at once."""
+        if len(parts) > 1 or peer == self._mesh.peer_id:
+            return None
+        stream = self._mesh.try_open_stream(peer, SINGLE)
+        if stream is None:
+            return None
+        lone = LoneCall(stream, method, self._limits)
+        if lone.send(parts[0]):
+            return lone
+        stream.reset()
+        return None
+
     async def _ask(
         self,
         peer: PeerId,
         method: Method[Any, Any],
         request: Any,
         deadline: float,
-        single: list[Buffer] | None,
+        parts: list[Buffer],
+        on_line: bool,
     ) -> Any:
-        """Ask once, under a cancel scope that sees to the deadline. `single` is None for the line, else the
-        request's frame for a stream of its own, empty where it is still to be made.
+        """Ask once, under a cancel scope that sees to the deadline: on the line, or with a stream of its own.
+        `parts` is the request's frame, empty where it is still to be made.
         """
-        if single is None:
+        if on_line:
             line = await self._usable_line(peer)
             try:
-                return await line.ask(next(self._numbers), method, request, deadline, True)
+                return await line.ask(next(self._numbers), method, request, deadline, math.inf)
             except TooLarge as large:
-                single = large.parts
+                parts = large.parts
         number = next(self._numbers)
-        if not single:
-            single = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
-        stream = await self._open(peer, SINGLE)
-        if len(single) == 1:
-            lone = LoneCall(stream, method, self._limits)
-            if lone.send(single[0]):
-                return await lone.answer()
-        call = CallStream(stream, number, method, self._limits)
+        if not parts:
+            parts = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
+        call = CallStream(await self._open(peer, SINGLE), number, method, self._limits)
         try:
-            await call.begin(single)
+            await call.begin(parts)
             response = await call.receive()
             await call.finish()
         except BaseException:
