@@ -13,10 +13,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mycel.simnet import clock
-from mycel.simnet.dieoff import DieoffOptions, DieoffReport, dieoff
 from mycel.simnet.storm import StormOptions, StormReport, storm
+
+if TYPE_CHECKING:
+    from mycel.simnet.dieoff import DieoffReport
 
 LAYERS = 8
 
@@ -60,7 +63,9 @@ def _swarm(asked: argparse.Namespace) -> DieoffReport:
     deaths = asked.nodes // 3 if asked.deaths is None else asked.deaths
     if asked.nodes < 6 or asked.tokens < 6 or not 0 < deaths < asked.nodes - 1:
         raise SystemExit("mycel sim swarm: give at least 6 nodes, 6 tokens, and leave two nodes alive")
-    from mycel.compute.model.tiny import tiny_llama  # torch takes seconds to load; --help should not
+    # These bring torch, which takes seconds to load; a storm and --help should not wait for it.
+    from mycel.compute.model.tiny import tiny_llama
+    from mycel.simnet.dieoff import DieoffOptions, dieoff
 
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_llama(Path(folder) / "tiny", num_hidden_layers=LAYERS)

@@ -9,7 +9,7 @@ does the last holder of each layer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,8 @@ class DieoffReport:
     undisturbed_gap_s: float
     settled_s: float
     """From the deaths until every survivor knew just the survivors."""
+    surplus_connections: int
+    """Beyond one per pair of survivors, at that moment: dials, and losers of simultaneous ones that drain."""
     virtual_s: float
     events: dict[str, int]
     trace_hash: str
@@ -108,6 +110,7 @@ async def dieoff(options: DieoffOptions) -> DieoffReport:
             longest_gap_s=report.longest_gap_s,
             undisturbed_gap_s=calm_report.longest_gap_s,
             settled_s=settled_s,
+            surplus_connections=run.surplus_connections,
             virtual_s=trio.current_time(),
             events=dict(sorted(net.trace.counts.items())),
             trace_hash=net.trace.hash,
@@ -126,6 +129,7 @@ class _Run:
         self.holders = 0
         self.dead: list[SimNode] = []
         self.stages_died = 0
+        self.surplus_connections = 0
         self._struck_at = 0.0
 
     @property
@@ -144,7 +148,7 @@ class _Run:
             ticket = founder.ticket()
             async with trio.open_nursery() as nursery:
                 for number in range(1, self._options.nodes - 1):
-                    nursery.start_soon(self._join_later, ticket, f"n{number}", self._rng.random() * 5)
+                    nursery.start_soon(self._join_later, ticket, f"n{number}", self._rng.random() * 2)
             await self._swarm.join(ticket, f"n{self._options.nodes - 1}", serves=False)
             await _until(self._is_gathered)
         self.joined_s = trio.current_time()
@@ -221,22 +225,9 @@ class _Run:
         peers = {node.peer for node in alive}
         with trio.fail_after(self._options.settle_s_max):
             await _until(lambda: all({node.peer, *node.node.host.peers} == peers for node in alive))
-            # One connection per pair; a node may have one more for a moment, while a dial shakes hands.
-            await _until(_Once(alive, len(peers) - 1).holds)
+        surplus = sum(node.node.host.connections for node in alive) - len(alive) * (len(alive) - 1)
+        self.surplus_connections = surplus // 2
         return trio.current_time() - self._struck_at
-
-
-class _Once:
-    """Whether each of the nodes has had just so many connections at some moment."""
-
-    def __init__(self, nodes: Sequence[SimNode], connections: int) -> None:
-        self._left = list(nodes)
-        self._connections = connections
-
-    def holds(self) -> bool:
-        """Look again."""
-        self._left = [one for one in self._left if one.node.host.connections != self._connections]
-        return not self._left
 
 
 async def _until(holds: Callable[[], bool]) -> None:

@@ -1,0 +1,53 @@
+"""Whole daemons in virtual time: join by ticket, generate, lose a third, go on; the same in every process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def start(hash_seed, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mycel.simnet", "swarm", *arguments, "--json"],
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return json.loads(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_thirty_daemons_survive_the_death_of_a_third_and_replay_from_their_seed():
+    runs = [start(hash_seed, "--nodes", "30", "--seed", "1") for hash_seed in (1, 2)]
+    first, second = (finish(run) for run in runs)
+    assert first == second
+    assert len(first["died"]) == 10
+    assert first["events"]["crash"] == first["events"]["vanish"] == 5
+    assert first["holders"] == 29
+    assert first["same_tokens"]
+    assert len(first["tokens"]) == 24
+    assert first["stages_died"] >= 1
+    assert first["failovers"] >= 1
+    assert first["longest_gap_s"] < 3.0
+    assert first["settled_s"] < 6.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_a_dozen_daemons_survive_whatever_the_seed_takes(seed):
+    report = finish(start(0, "--nodes", "12", "--seed", str(seed)))
+    assert report["same_tokens"]
+    assert len(report["died"]) >= 3
+    assert report["failovers"] >= 1
+    assert report["longest_gap_s"] < 3.0
