@@ -6,7 +6,8 @@
     calls_N_failed  failures of N calls that are all in flight at once                        target 0
     slow_handlers   8 handlers that block for 0.3 s, at once       target < 0.35 s, pings < 20 ms meanwhile
     slow_consumer   20 000 items to a slow reader; the memory that both ends took for it      target: all
-    sim_100ms_fill  256 MiB on one stream over a simulated 1 Gbit/s line of 100 ms            target >= 0.85
+    sim_100ms_fill  256 MiB on one stream over a simulated 1 Gbit/s line of 100 ms, from the opening of the
+                    stream to the last byte's arrival                                         target >= 0.85
 
 The far end is a process of its own (rpc_far.py). Ratios are of medians of five rounds, taken in turns. For
 comparison, measured once on another machine and not here: py-libp2p 0.8.1 has 5.6, 25 and 0.3-0.5.
@@ -25,13 +26,13 @@ from pathlib import Path
 import psutil
 import trio
 from measure import compare, report, stopwatch
-from rpc_far import BLOCK, ECHO, ECHO_INLINE, ITEMS, MEET, MEMORY, MESSAGE_BYTES, NOTE, SINK, Memory, sink
+from rpc_far import BLOCK, ECHO, ECHO_INLINE, ITEMS, MEET, MEMORY, MESSAGE_BYTES, NOTE, SINK, Memory
 
 from mycel.node.host import Host
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import MIB
-from mycel.protocol.mesh import Access, PeerId
+from mycel.protocol.mesh import Access, PeerId, Stream
 from mycel.protocol.rpc import Rpc
 from mycel.simnet import clock
 from mycel.simnet.internet import InternetOptions, internet
@@ -263,7 +264,18 @@ async def long_fat_line() -> Figures:
             )
             for number, machine in enumerate(machines, 1)
         )
-        far.serve_stream(SINK, sink)
+        arrived = 0.0
+
+        async def timed_sink(stream: Stream) -> None:
+            nonlocal arrived
+            count = 0
+            while data := await stream.receive_some():
+                count += len(data)
+                arrived = trio.current_time()
+            assert count == total
+            await stream.send(b"all")
+
+        far.serve_stream(SINK, timed_sink)
         await nursery.start(near.run)
         await nursery.start(far.run)
         peer = await near.connect(far.listen_addrs)
@@ -272,8 +284,8 @@ async def long_fat_line() -> Figures:
         for _ in range(SIM_MIB):
             await stream.send(CHUNK)
         await stream.send_eof()
-        assert int.from_bytes(await stream.receive_exactly(8), "big") == total
-        fill = total / (trio.current_time() - began) / GIGABIT
+        await stream.receive_exactly(3)
+        fill = total / (arrived - began) / GIGABIT
         nursery.cancel_scope.cancel()
     print(f"{SIM_MIB} MiB over a simulated 1 Gbit/s line of 100 ms: {fill:.0%} of it", flush=True)
     return {"sim_100ms_fill": fill}

@@ -27,7 +27,6 @@ from mycel.protocol.errors import (
 )
 from mycel.protocol.failure import decode_failure, lost
 from mycel.protocol.frame import CANCEL, ERROR, HEAD, HEAD_BYTES, REQUEST, RESPONSE, Frame, pack, split
-from mycel.protocol.inlet import Inlet
 from mycel.protocol.limits import CallLimits
 from mycel.protocol.mesh import Mesh, PeerId, Stream
 from mycel.protocol.message import MessageError
@@ -136,16 +135,19 @@ class Line:
             self._outlet.put(pack(CANCEL, number)[0])
         return True
 
-    async def take_answer(self, stream: Stream) -> None:
-        """Receive from `stream` a large answer to one of this line's calls."""
-        inlet = Inlet(stream, self._limits.message_bytes)
-        head = await inlet.head()
-        if head is None or head[4] not in self._pending:
-            stream.reset()  # nobody waits for it any more
-            return
-        frame = await inlet.frame()
-        if frame is not None and frame.kind == RESPONSE:
+    def waits_for(self, number: int) -> bool:
+        """Whether call `number` is on this line and not answered yet."""
+        return number in self._pending
+
+    def on_answer(self, frame: Frame) -> None:
+        """A large answer came on a stream of its own."""
+        if frame.kind == RESPONSE:
             self._on_frame(frame)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether a retired line has given its last answer."""
+        return not self._pending
 
     def retire(self) -> None:
         """Close once the last answer came; the caller asks nothing more here."""

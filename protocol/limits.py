@@ -108,6 +108,10 @@ class CallLimits:
     request_s: float = 10.0
     """How long a call's own stream may take to bring the first 20 bytes of its request."""
 
+    lines: int = 8
+    """Shared streams that one peer has here at once: the one in use, an old one whose last
+    answer is to come, and as many as a careless end may leave behind."""
+
     line_s: float = 30.0
     """Age at which the shared stream is replaced. It would keep a connection open that was given up for
     another one."""

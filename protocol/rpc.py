@@ -27,7 +27,6 @@ from mycel.protocol.alarm import Alarm
 from mycel.protocol.call_line import Line, TooLarge
 from mycel.protocol.call_lone import LoneCall
 from mycel.protocol.call_single import CallStream, begin_frame
-from mycel.protocol.callbook import CallBook
 from mycel.protocol.deadlines import remaining_ms
 from mycel.protocol.errors import (
     ConnectionLost,
@@ -36,14 +35,15 @@ from mycel.protocol.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
+from mycel.protocol.inlet import Inlet
 from mycel.protocol.limits import DEFAULT_CALL_LIMITS, CallLimits
 from mycel.protocol.loop import loop_pair
 from mycel.protocol.mesh import Access, Buffer, Mesh, PeerId, PeerUp, Stream
 from mycel.protocol.method import Call, Handler, Kind, Method, Req, Res
-from mycel.protocol.outlet import STREAM_GONE, Budget
-from mycel.protocol.serve_line import ANSWER, LINE, LineServer, Shop
-from mycel.protocol.serve_lone import LoneServer
-from mycel.protocol.serve_single import SINGLE, SingleServer
+from mycel.protocol.outlet import STREAM_GONE
+from mycel.protocol.serve import Server
+from mycel.protocol.serve_line import ANSWER, LINE
+from mycel.protocol.serve_single import SINGLE
 
 if TYPE_CHECKING:
     from trio._core._run import TaskStatus
@@ -57,23 +57,19 @@ class Rpc:
     def __init__(self, mesh: Mesh, limits: CallLimits = DEFAULT_CALL_LIMITS) -> None:
         self._mesh = mesh
         self._limits = limits
-        self._book = CallBook(mesh)
         self._alarm = Alarm()
-        self._shop = Shop(mesh, self._book, limits)
+        self._server = Server(mesh, limits)
         self._numbers = itertools.count(1)
         self._lines: dict[PeerId, Line] = {}
+        self._retired: dict[PeerId, Line] = {}
         self._opening: dict[PeerId, trio.Lock] = {}
-        self._singles: dict[PeerId, int] = {}
-        self._budgets: dict[PeerId, Budget] = {}
         self._peer_up = trio.lowlevel.ParkingLot()
-        mesh.take_streams(LINE, self._take_line, access=Access.SUBMIT)
-        mesh.take_streams(SINGLE, self._take_single, access=Access.SUBMIT)
         mesh.serve_stream(ANSWER, self._take_answer, access=Access.SUBMIT)
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Every handler runs under here."""
         async with trio.open_nursery() as nursery:
-            self._shop.nursery = nursery
+            self._server.shop.nursery = nursery
             try:
                 nursery.start_soon(self._alarm.run)
                 nursery.start_soon(self._retire_lines)
@@ -81,7 +77,7 @@ class Rpc:
                 while True:
                     await self._watch_peers()
             finally:
-                self._shop.nursery = None
+                self._server.shop.nursery = None
                 for line in list(self._lines.values()):
                     line.close(ConnectionLost("this node's calls were shut down", reason="closed"))
 
@@ -90,7 +86,7 @@ class Rpc:
 
         Raises `LocalProtocolError` for a name taken or a handler that is not of the method's kind.
         """
-        self._book.add(method, handler, inline)
+        self._server.shop.book.add(method, handler, inline)
 
     async def call(
         self,
@@ -254,7 +250,7 @@ class Rpc:
             stream = self._mesh.try_open_stream(peer, protocol)
             return await self._mesh.open_stream(peer, protocol) if stream is None else stream
         near, far = loop_pair(peer, protocol)
-        self._take_single(far)
+        self._server.take_single(far)
         return near
 
     async def _open_line(self, peer: PeerId) -> Line:
@@ -262,7 +258,7 @@ class Rpc:
             line = self._lines.get(peer)
             if line is None or line.lost is not None:
                 stream = await self._mesh.open_stream(peer, LINE)
-                line = Line(self._mesh, stream, self._limits, self._shop.spawn, self._alarm)
+                line = Line(self._mesh, stream, self._limits, self._server.shop.spawn, self._alarm)
                 self._lines[peer] = line
         return line
 
@@ -290,9 +286,11 @@ class Rpc:
         """Replace lines from time to time: a connection given up for another closes once it has no stream."""
         while True:
             await trio.sleep(self._limits.line_s)
+            self._retired = {peer: line for peer, line in self._retired.items() if not line.is_closed}
             for peer, line in list(self._lines.items()):
-                if trio.current_time() - line.since >= self._limits.line_s:
-                    del self._lines[peer]
+                is_old = trio.current_time() - line.since >= self._limits.line_s
+                if is_old and peer not in self._retired:  # at most one waits for its last answer
+                    self._retired[peer] = self._lines.pop(peer)
                     line.retire()
 
     def _forget(self, peer: PeerId) -> None:
@@ -304,45 +302,21 @@ class Rpc:
         if lock is not None and not lock.locked():
             del self._opening[peer]
 
-    def _take_line(self, stream: Stream) -> None:
-        LineServer(self._shop, stream).start()
-
-    def _take_single(self, stream: Stream) -> None:
-        peer = stream.peer
-        count = self._singles.get(peer, 0)
-        if count >= self._limits.streams:
-            stream.reset()
-            return
-        self._singles[peer] = count + 1
-        lone = LoneServer(self._shop, stream, self._end_single)
-        try:
-            if not lone.serve():
-                self._shop.spawn(self._serve_single, stream, lone)
-        except RemoteProtocolError as error:
-            self._end_single(peer)
-            self._mesh.disconnect(peer, str(error))
-
-    async def _serve_single(self, stream: Stream, lone: LoneServer) -> None:
-        budget = self._budgets.setdefault(stream.peer, Budget(self._limits.in_flight_bytes))
-        try:
-            await SingleServer(self._shop, stream, budget, lone.first).run()
-        finally:
-            self._end_single(stream.peer)
-
-    def _end_single(self, peer: PeerId) -> None:
-        self._singles[peer] -= 1
-        if not self._singles[peer]:
-            del self._singles[peer]
-            self._budgets.pop(peer, None)
-
     async def _take_answer(self, stream: Stream) -> None:
-        line = self._lines.get(stream.peer)
-        if line is None:
-            stream.reset()
-            return
+        """Receive a large answer to one of the calls on a line."""
+        peer = stream.peer
+        inlet = Inlet(stream, self._limits.message_bytes)
         try:
-            await line.take_answer(stream)
+            head = await inlet.head()
+            lines = [lines[peer] for lines in (self._lines, self._retired) if peer in lines]
+            line = next((line for line in lines if head is not None and line.waits_for(head[4])), None)
+            if line is None:
+                stream.reset()  # nobody waits for it any more
+                return
+            frame = await inlet.frame()
+            if frame is not None:
+                line.on_answer(frame)
         except STREAM_GONE:  # the server gave up; the caller's deadline or the line's loss tells
             return
         except RemoteProtocolError as error:
-            self._mesh.disconnect(stream.peer, str(error))
+            self._mesh.disconnect(peer, str(error))

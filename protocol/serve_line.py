@@ -7,13 +7,13 @@ nothing else. Bytes that are no frames end the connection.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import trio
 
-from mycel.protocol.callbook import CallBook, Mode, Served
+from mycel.protocol.callbook import Mode, Served
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.failure import (
     BAD_REQUEST,
@@ -21,97 +21,37 @@ from mycel.protocol.failure import (
     bad_request,
     deadline_failure,
     encode_failure,
-    failure_of,
 )
 from mycel.protocol.frame import (
     CANCEL,
     ERROR,
-    HEAD,
     HEAD_BYTES,
-    NO_DEADLINE,
     REQUEST,
-    RESPONSE,
     Frame,
     pack,
     split,
 )
-from mycel.protocol.limits import CallLimits
-from mycel.protocol.mesh import Buffer, Mesh, Stream
+from mycel.protocol.mesh import PeerId, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
 from mycel.protocol.outlet import STREAM_GONE, Outlet
-from mycel.protocol.workers import Worker, Workers
+from mycel.protocol.shop import Shop, encode_answer, report, run_unary, to_deadline
+from mycel.protocol.workers import Worker
 
 LINE = "/mycel/calls/1"
 ANSWER = "/mycel/answer/1"
-
-log = logging.getLogger("mycel.rpc")
-
-
-class Shop:
-    """What serving needs of its surroundings, shared by all lines of a node."""
-
-    __slots__ = ("book", "limits", "mesh", "nursery", "scratch", "threads", "workers")
-
-    def __init__(self, mesh: Mesh, book: CallBook, limits: CallLimits) -> None:
-        self.mesh = mesh
-        self.book = book
-        self.limits = limits
-        self.threads = trio.CapacityLimiter(limits.threads)
-        self.scratch = bytearray()
-        self.nursery: trio.Nursery | None = None
-        self.workers = Workers(self.spawn)
-
-    def spawn(self, function: Any, *args: Any) -> None:
-        """Start a task under the node's calls."""
-        if self.nursery is not None:
-            self.nursery.start_soon(function, *args)
-
-
-async def run_unary(shop: Shop, served: Served, call: Call, request: Any) -> Any:
-    """The response of a unary handler that is not inline. Raises what the handler raises."""
-    if served.mode is Mode.THREAD:
-        return await trio.to_thread.run_sync(
-            served.handler, call, request, limiter=shop.threads, abandon_on_cancel=True
-        )
-    if served.mode is Mode.INLINE:
-        return served.handler(call, request)
-    return await served.handler(call, request)
-
-
-def encode_answer(shop: Shop, served: Served, number: int, response: Any) -> list[Buffer]:
-    """The response's frame, good until the next one is made. Raises `LocalProtocolError`."""
-    if served.response.has_tensors:
-        body, raws = served.response.encode(response)
-        return pack(RESPONSE, number, body, raws)
-    buffer = shop.scratch
-    served.response.encode_into(response, buffer, HEAD_BYTES)
-    HEAD.pack_into(buffer, 0, len(buffer) - HEAD_BYTES, RESPONSE, 0, 0, number, 0)
-    return [buffer]
-
-
-def report(call: Call, error: Exception, limits: CallLimits) -> Failure:
-    """Log a handler's exception here and make of it what the caller gets."""
-    failure = failure_of(error, limits.error_text)
-    if failure.cause == "error":
-        log.warning("%s for %s failed", call.method, call.peer, exc_info=error)
-    return failure
-
-
-def to_deadline(deadline_ms: int) -> float:
-    """Trio time of a deadline that arrived now."""
-    if deadline_ms == NO_DEADLINE:
-        return float("inf")
-    return trio.current_time() + deadline_ms / 1000
 
 
 class LineServer:
     """One peer's line."""
 
-    __slots__ = ("_held", "_peer", "_running", "_shop", "_stream", "_tail", "outlet")
+    __slots__ = ("_held", "_is_over", "_on_end", "_peer", "_running", "_shop", "_stream", "_tail", "outlet")
 
-    def __init__(self, shop: Shop, stream: Stream) -> None:
+    def __init__(self, shop: Shop, stream: Stream, on_end: Callable[[PeerId], None]) -> None:
+        """`on_end` is called once the peer ended the line or it was lost."""
         self._shop = shop
+        self._on_end = on_end
+        self._is_over = False
         self._stream = stream
         self._peer = stream.peer
         self._running: dict[int, LineJob] = {}
@@ -124,6 +64,10 @@ class LineServer:
         self._stream.deliver_to(self._on_data)
 
     def _end(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._on_end(self._peer)
         for job in list(self._running.values()):
             job.cancel()
 

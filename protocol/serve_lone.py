@@ -17,8 +17,8 @@ from mycel.protocol.mesh import Access, Buffer, PeerId, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
 from mycel.protocol.outlet import STREAM_GONE
-from mycel.protocol.serve_line import Shop, encode_answer, report, run_unary, to_deadline
 from mycel.protocol.serve_single import check_size, send_parts
+from mycel.protocol.shop import Shop, encode_answer, report, run_unary, to_deadline
 from mycel.protocol.workers import Worker
 
 

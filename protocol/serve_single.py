@@ -21,7 +21,7 @@ from mycel.protocol.mesh import Buffer, PeerId, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
 from mycel.protocol.outlet import STREAM_GONE, Budget
-from mycel.protocol.serve_line import Shop, report, run_unary, to_deadline
+from mycel.protocol.shop import Shop, report, run_unary, to_deadline
 
 SINGLE = "/mycel/call/1"
 

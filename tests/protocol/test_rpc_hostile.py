@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import NoneType
 
 import msgspec
@@ -157,7 +158,22 @@ async def test_lines_are_replaced_and_take_no_call_with_them(make_duo, autojump_
         idle = duo.near_mesh.streams
         assert await duo.near.call(duo.peer, ECHO, {"n": 1}, deadline_s=LONG_S) == {"n": 1}
         assert duo.near_mesh.streams == idle + 1
-        await duo.near.call(duo.peer, SLEEP, 3 * line_s, deadline_s=4 * line_s)
+        slow = Method("test.slow", int, bytes)
+
+        async def answer_late(call: Call, size: int) -> bytes:
+            await trio.sleep(3 * line_s)
+            return bytes(size)
+
+        duo.far.serve(slow, answer_late)
+        async with trio.open_nursery() as nursery:
+            for size in (10, 1_000_000):  # the large one comes on a stream of its own
+                call = partial(duo.near.call, duo.peer, slow, size, deadline_s=4 * line_s)
+                nursery.start_soon(call)
+                    lambda size=size: duo.near.call(duo.peer, slow, size, deadline_s=4 * line_s)
+                )
+            for number in range(40):
+                await duo.near.call(duo.peer, ECHO, {"n": number}, deadline_s=LONG_S)
+                await trio.sleep(line_s / 10)
         await trio.sleep(2 * line_s)
         assert duo.near_mesh.streams == idle
         assert duo.far_mesh.streams == idle
