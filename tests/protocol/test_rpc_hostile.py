@@ -169,8 +169,6 @@ async def test_lines_are_replaced_and_take_no_call_with_them(make_duo, autojump_
             for size in (10, 1_000_000):  # the large one comes on a stream of its own
                 call = partial(duo.near.call, duo.peer, slow, size, deadline_s=4 * line_s)
                 nursery.start_soon(call)
-                    lambda size=size: duo.near.call(duo.peer, slow, size, deadline_s=4 * line_s)
-                )
             for number in range(40):
                 await duo.near.call(duo.peer, ECHO, {"n": number}, deadline_s=LONG_S)
                 await trio.sleep(line_s / 10)
