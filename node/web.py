@@ -30,7 +30,16 @@ import trio
 
 from mycel.node.client import API_FILE
 from mycel.node.config import Config, ConfigError, is_loopback, split_host_port
-from mycel.node.control import Control, Receive, Scope, Send, send_head, send_json
+from mycel.node.control import (
+    BadRequest,
+    Control,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+    send_head,
+    send_json,
+)
 from mycel.node.keyfile import write_private
 from mycel.node.memory import Memory
 from mycel.node.metrics import render
@@ -157,7 +166,12 @@ class Front:
         else:
             await self._loaded.wait()
             assert self._openai is not None
-            await self._openai(scope, receive, send)
+            try:
+                body = await read_body(receive)
+            except BadRequest as error:
+                await _send_problem(send, 413, "body_too_large", str(error))
+                return
+            await self._openai(scope, _replay(body, receive), send)
 
     def _problem(self, scope: Scope) -> tuple[int, str, str] | None:
         """Status, code and text for a request that may not pass."""
@@ -181,6 +195,20 @@ def _header(scope: Mapping[str, Any], name: bytes) -> str:
         if key.lower() == name:
             return bytes(value).decode("latin-1")
     return ""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What the application receives: the body in one piece, then what the server says (a disconnect)."""
+    given = False
+
+    async def receive_again() -> Mapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from multiaddr import Multiaddr
 
 from mycel.cli import COMMANDS, cli
 from mycel.protocol.errors import UsageProblem
@@ -22,11 +23,13 @@ from mycel.protocol.ticket import issue_ticket
 MachineOf = Callable[[str], Any]
 
 
-def ticket(*, age_s: float = 0.0, life_s: float = 3600.0) -> str:
-    """A ticket of a swarm that nobody runs, issued `age_s` ago."""
+def ticket(*, age_s: float = 0.0, bootstrap: Sequence[str] = ()) -> str:
+    """A ticket of a swarm that nobody runs, issued `age_s` ago for an hour."""
     root = SigningKey(b"r" * 32)
+    addrs = [Multiaddr(addr) for addr in bootstrap]
     now = time.time() - age_s
-    return issue_ticket(root, access=Access.MEMBER, now=now, entropy=os.urandom, life_s=life_s).text()
+    issued = issue_ticket(root, access=Access.MEMBER, now=now, entropy=os.urandom, life_s=3600.0)
+    return issued.with_bootstrap(addrs).text()
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"sim"}))
@@ -139,6 +142,13 @@ def test_a_node_joins_by_a_ticket_from_standard_input_and_waits_for_its_swarm(ma
         time.sleep(0.1)
     (peer,) = home.json("peers")
     assert peer["peer"] == again["peer"]
+
+
+def test_a_swarm_that_says_no_ends_the_join(machine: MachineOf) -> None:
+    founder = machine("f")
+    listen = founder.start("up", "--no-assign")["listen"]
+    done = machine("a").run("join", ticket(bootstrap=listen), "--preset", "local", rc=1)
+    assert "by a ticket of this one" in done.stderr
 
 
 def test_config_shows_what_a_home_would_use(machine: MachineOf, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_two_daemons_serve_what_transformers_says(machine: MachineOf, poll: Poll
     assert plain.stdout == expected + "\n"
     assert "anna 0:1 → bert 1:4" in plain.stderr
 
+    chat = bert.run("chat", "-n", "8", text="hello\n\n")
+    assert transformers_text(byte_model, "User: hello\nAssistant:", 8) in chat.stdout
+
     with openai.OpenAI(base_url=up["api"], api_key="none", max_retries=0) as client:
         stream = client.completions.create(
             model="tiny", prompt=PROMPT, max_tokens=40, temperature=0, stream=True

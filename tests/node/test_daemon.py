@@ -14,8 +14,9 @@ from mycel.compute.infer.request import GenerateRequest
 from mycel.node.running import Node, NotFounder
 from mycel.node.views import TicketAsk
 from mycel.protocol.errors import AddressError
+from mycel.protocol.identity import SigningKey
 from mycel.protocol.mesh import Access
-from mycel.protocol.ticket import TicketError, parse_ticket
+from mycel.protocol.ticket import TicketError, issue_ticket, parse_ticket
 
 NodeMaker = Callable[..., AbstractAsyncContextManager[Node]]
 TicketOf = Callable[[Node], str]
@@ -140,6 +141,55 @@ async def test_a_leaving_node_says_so_and_ends(
             await second.ended.wait()
         await wait_until(lambda: not first.models())
         await wait_until(lambda: not first.host.peers)
+
+
+async def test_a_session_moves_when_its_stage_leaves(
+    make_node: NodeMaker, ticket_of: TicketOf, wait_until: WaitUntil, byte_model: Path
+) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(make_node("a", leave_s=30.0))
+        await first.serve(str(byte_model), (0, 2))
+        others: dict[str, Node] = {}
+        for name in ("b", "c"):
+            node = await stack.enter_async_context(make_node(name, ticket=ticket_of(first), leave_s=30.0))
+            await node.serve(str(byte_model), (2, 4))
+            others[node.host.peer_id] = node
+        await wait_until(lambda: bool(first.models()) and len(first.models()[0].holders) == 3)
+        request = GenerateRequest(model="tiny", prompt="def ", max_tokens=200)
+        calm = await text_of(first, "tiny", tokens=200)
+        text, gone = "", None
+        async with first.generator.generate(request) as generation:
+            async for piece in generation:
+                text += piece.text
+                if gone is None and len(text) > 20:
+                    gone = others[generation.report.route[1].peer]
+                    gone.stop()
+        report = generation.report
+        assert text == calm
+        assert gone is not None
+        assert [failover.lost for failover in report.failovers] == [(gone.host.peer_id,)]
+        assert report.route[1].peer != gone.host.peer_id
+        with trio.fail_after(10):  # it need not wait for its time to leave: nothing is left to wait for
+            await gone.ended.wait()
+
+
+async def test_a_joining_node_is_refused_by_another_swarm(
+    make_node: NodeMaker, wait_until: WaitUntil
+) -> None:
+    async with make_node("a") as first:
+        foreign = issue_ticket(
+            SigningKey(b"r" * 32),
+            access=Access.MEMBER,
+            now=first.host.wall(),
+            entropy=first.host.entropy,
+        ).with_bootstrap(first.host.listen_addrs)
+        async with make_node("b", ticket=foreign.text()) as second:
+            with trio.fail_after(10):
+                await second.gather.joined.wait()
+            assert second.gather.refused is not None
+            assert second.gather.refused.reason == "wrong_swarm"
+            assert second.status().peers == 0
+            assert second.status().trouble[0].peer == first.host.peer_id
 
 
 async def test_only_the_founder_issues_tickets_and_only_for_roles_that_exist(

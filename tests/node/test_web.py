@@ -16,6 +16,7 @@ import trio
 
 from mycel.compute.infer.request import GenerateRequest
 from mycel.node.client import Client, ControlError, NotRunning
+from mycel.node.control import BODY_BYTES_MAX
 from mycel.node.running import Node
 
 T = TypeVar("T")
@@ -157,6 +158,20 @@ async def test_a_body_that_is_no_json_and_missing_layers(make_node: NodeMaker, b
         assert (answer.status_code, told["code"]) == (503, "layers_missing")
         assert "mycel serve" in told["message"]
         assert "2:4" in told["message"]
+
+
+async def test_a_body_out_of_bounds_is_refused(make_node: NodeMaker) -> None:
+    async with make_node("a", web=True) as node:
+        for path in ("/v1/completions", "/control/ticket"):
+            token = json.loads((node.config.home / "api.json").read_text())["token"]
+            async with httpx.AsyncClient(timeout=30) as client:
+                answer = await client.post(
+                    base_of(node) + path,
+                    content=b"x" * (BODY_BYTES_MAX + 1),
+                    headers={"content-type": "application/json", "authorization": f"Bearer {token}"},
+                )
+            assert answer.status_code in (400, 413)
+            assert "larger than" in answer.text
 
 
 async def test_a_client_that_goes_away_cancels_its_session(
