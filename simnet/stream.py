@@ -60,8 +60,10 @@ class MeshStream:
     def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """See `Stream.try_send`."""
         self._check_send()
+        if self._sending:
+            raise trio.BusyResourceError(f"another task is sending on this {self.protocol} stream")
         size = memoryview(data).nbytes
-        if self._sending or size > self._credit:
+        if size > self._credit:
             return False
         self._push(bytes(data))
         if end:

@@ -1,11 +1,14 @@
-"""Two worlds for one battery: real TCP on loopback, and the internet in memory.
+"""Worlds for the batteries. For networks: real TCP on loopback, and the internet in memory. For meshes: the
+light one, and the real host over both networks.
 
 `play(scenario)` runs `scenario(place)` to its end in the world of the parametrised test. A scenario may use
-deadlines freely: they are real seconds in one world and virtual ones in the other.
+deadlines freely: they are real seconds in one world and virtual ones in the other. `play_mesh` does the same
+for meshes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +17,14 @@ import pytest
 import trio
 from multiaddr import Multiaddr
 
+from mycel.node.host import Host
 from mycel.node.tcp import TcpListener, TcpNetwork, TcpPipe
+from mycel.protocol.keys import OwnKey
+from mycel.protocol.mesh import Access, Mesh
 from mycel.protocol.network import Listener, Network, Pipe
 from mycel.simnet import clock
 from mycel.simnet.internet import BufferOptions, InternetOptions, internet
+from mycel.simnet.mesh import MeshOptions, mesh_world
 from mycel.simnet.network import SimNetwork
 
 
@@ -119,4 +126,114 @@ def play_simnet(scenario: Scenario) -> None:
 @pytest.fixture(params=[play_tcp, play_simnet], ids=["tcp", "simnet"])
 def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     """The world of this test."""
+    return request.param
+
+
+@dataclass(frozen=True)
+class MeshPlace:
+    """Nodes that can reach each other. `strict` takes everybody for a stranger; the others are members."""
+
+    a: Mesh
+    b: Mesh
+    c: Mesh
+    strict: Mesh
+    nobody: Multiaddr
+    kill_b: Callable[[], None]
+    silence_b: Callable[[], None] | None
+
+
+MeshScenario = Callable[[MeshPlace], Awaitable[None]]
+NOBODY = "12D3KooWGCGBjEbTgUhGcZ8dpwDqg6aCTYL9J4JiiUQXYoQoMRyw"
+
+
+def play_light(scenario: MeshScenario) -> None:
+    """Nodes of the simulated mesh."""
+
+    async def main() -> None:
+        async with mesh_world(MeshOptions(seed=3)) as world:
+            a, b, c = (world.add(name) for name in "abc")
+            strict = world.add("strict", swarm="another")
+            place = MeshPlace(
+                a=a,
+                b=b,
+                c=c,
+                strict=strict,
+                nobody=Multiaddr(f"/ip4/10.200.0.1/tcp/4001/p2p/{NOBODY}"),
+                kill_b=lambda: world.kill(b),
+                silence_b=lambda: world.silence(b),
+            )
+            with trio.fail_after(SCENARIO_S):
+                await scenario(place)
+
+    clock.run(main, seed=3)
+
+
+async def run_hosts(
+    scenario: MeshScenario,
+    networks: dict[str, Network],
+    listen: str,
+    nobody: str,
+    silence_b: Callable[[], None] | None,
+) -> None:
+    """Real hosts over these networks. Each listens before the scenario begins."""
+    scopes = {name: trio.CancelScope() for name in networks}
+    hosts = {
+        name: Host(
+            network,
+            OwnKey(hashlib.sha256(name.encode()).digest()),
+            listen=[listen],
+            default_access=Access.STRANGER if name == "strict" else Access.MEMBER,
+        )
+        for name, network in networks.items()
+    }
+
+    async def run(name: str, *, task_status: trio.TaskStatus[None]) -> None:
+        with scopes[name]:
+            await hosts[name].run(task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        for name in hosts:
+            await nursery.start(run, name)
+        place = MeshPlace(
+            **hosts,
+            nobody=Multiaddr(f"{nobody}/p2p/{NOBODY}"),
+            kill_b=scopes["b"].cancel,
+            silence_b=silence_b,
+        )
+        with trio.fail_after(SCENARIO_S):
+            await scenario(place)
+        nursery.cancel_scope.cancel()
+
+
+NAMES = ("a", "b", "c", "strict")
+
+
+def play_host_tcp(scenario: MeshScenario) -> None:
+    """Hosts on loopback, in real time."""
+
+    async def main() -> None:
+        networks: dict[str, Network] = {name: TcpNetwork() for name in NAMES}
+        await run_hosts(scenario, networks, "/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/tcp/1", None)
+
+    trio.run(main, strict_exception_groups=True)
+
+
+def play_host_simnet(scenario: MeshScenario) -> None:
+    """Hosts in memory, in virtual time."""
+
+    async def main() -> None:
+        async with internet(InternetOptions(seed=4)) as net:
+            networks: dict[str, Network] = {name: SimNetwork(net.add(name)) for name in NAMES}
+            silence = net.machines["b"].silence
+            nobody = "/ip4/11.255.255.1/tcp/9"
+            await run_hosts(scenario, networks, "/ip4/0.0.0.0/tcp/4001", nobody, silence)
+
+    clock.run(main, seed=4)
+
+
+@pytest.fixture(
+    params=[play_light, play_host_tcp, play_host_simnet], ids=["light", "host-tcp", "host-simnet"]
+)
+def play_mesh(request: pytest.FixtureRequest) -> Callable[[MeshScenario], None]:
+    """The mesh of this test."""
     return request.param
