@@ -68,7 +68,7 @@ class CallStream(Generic[Req, Res]):
                 sent = 1
         except StreamReset as error:
             raise lost(error, self._stream.peer, self._method.name) from error
-        self._inlet = Inlet(self._stream, self._limits.message_bytes, on_arrival=self._on_arrival)
+        self._inlet = Inlet(self._stream, self._limits.message_bytes, on_news=self._on_news)
         if sent < len(request):
             await self._put(request[sent:], end=self._sent_end)
 
@@ -156,8 +156,8 @@ class CallStream(Generic[Req, Res]):
         except RemoteProtocolError:  # the receiving side raises it
             return True
 
-    def _on_arrival(self) -> None:
-        if self._blocked is not None and self._is_answered():
+    def _on_news(self, is_lost: bool) -> None:
+        if not is_lost and self._blocked is not None and self._is_answered():
             self._blocked.cancel()
 
     async def _put(self, parts: list[Buffer], *, end: bool = False) -> None:

@@ -25,22 +25,18 @@ class Inlet:
         stream: Stream,
         message_bytes: int,
         *,
-        on_loss: Callable[[], None] | None = None,
-        on_arrival: Callable[[], None] | None = None,
+        on_news: Callable[[bool], None] | None = None,
         budget: Budget | None = None,
-        unbudgeted_bytes: int = 0,
         first: bytes = b"",
     ) -> None:
-        """`on_loss` is called when the stream is reset or lost, `on_arrival` after each piece of data;
-        neither may block. A frame larger than `unbudgeted_bytes` is received once `budget` has room, which is given
-        back when the next is asked for or at `release`. `first` came already and was not credited.
+        """`on_news` is called after each piece of data with False, and with True when the stream is reset or
+        lost; it must not block. A frame is received once `budget` has room for it, which is given back when
+        the next is asked for or at `release`. `first` came already and was not credited.
         """
         self._stream = stream
         self._reader = FrameReader(message_bytes)
-        self._on_loss = on_loss
-        self._on_arrival = on_arrival
+        self._on_news = on_news
         self._budget = budget
-        self._unbudgeted_bytes = unbudgeted_bytes
         self._held = 0
         self._ended = False
         self.error: Exception | None = None
@@ -54,14 +50,14 @@ class Inlet:
             used = self._reader.used()
             if used:
                 self._stream.credit(used)
-            if self._on_arrival is not None:
-                self._on_arrival()
+            if self._on_news is not None:
+                self._on_news(False)
         elif error is None:
             self._ended = True
         else:
             self.error = error
-            if self._on_loss is not None:
-                self._on_loss()
+            if self._on_news is not None:
+                self._on_news(True)
         if self._task is not None:
             task, self._task = self._task, None
             trio.lowlevel.reschedule(task)
@@ -89,7 +85,7 @@ class Inlet:
         self.release()
         if self._budget is not None:
             head = await self.head()
-            if head is not None and head[0] > self._unbudgeted_bytes:
+            if head is not None:
                 await self._budget.take(head[0])
                 self._held = head[0]
         while (frame := self._reader.next()) is None:

@@ -78,13 +78,17 @@ class Outlet:
 class Budget:
     """An amount of bytes that tasks take and give back; served in the order of asking."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, small: int = 0) -> None:
+        """Amounts up to `small` are neither waited for nor counted."""
         self._total = total
+        self._small = small
         self._free = total
         self._queue: deque[tuple[int, trio.lowlevel.Task]] = deque()
 
     async def take(self, count: int) -> None:
         """Take `count` bytes (at most all of the budget), waiting until they are free."""
+        if count <= self._small:
+            return
         count = min(count, self._total)
         if not self._queue and count <= self._free:
             self._free -= count
@@ -101,6 +105,8 @@ class Budget:
 
     def give(self, count: int) -> None:
         """Give back what `take(count)` took."""
+        if count <= self._small:
+            return
         self._free += min(count, self._total)
         self._serve()
 

@@ -59,7 +59,8 @@ class Server:
         return False
 
     async def _serve_single(self, stream: Stream, lone: LoneServer) -> None:
-        budget = self._budgets.setdefault(stream.peer, Budget(self.shop.limits.in_flight_bytes))
+        limits = self.shop.limits
+        budget = self._budgets.setdefault(stream.peer, Budget(limits.in_flight_bytes, limits.shared_bytes))
         try:
             await SingleServer(self.shop, stream, budget, lone.first).run()
         finally:

@@ -55,15 +55,18 @@ class SingleServer:
         self._inlet = Inlet(
             stream,
             limits.message_bytes,
-            on_loss=self._scope.cancel,
+            on_news=self._on_news,
             budget=budget,
-            unbudgeted_bytes=limits.shared_bytes,
             first=first,
         )
         self._number = 0
         self._call: Call | None = None
         self._bad_item: MessageError | None = None
         self._is_sending = False
+
+    def _on_news(self, is_lost: bool) -> None:
+        if is_lost:
+            self._scope.cancel()
 
     async def run(self) -> None:
         """Serve the call; returns when it is answered, refused or lost."""
