@@ -166,9 +166,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
             return self.capacity
         needed = min(held, self.kept) + rows
         full = self.kept + max(GROW_ROWS_MIN, self.sliding_window // 4)
-        if needed <= self.capacity:
-            return self.capacity
-        return min(grown_capacity(self.capacity, needed), max(full, needed))
+        return max(needed, min(full, grown_capacity(self.capacity, needed)))
 
     def reserve(self, rows: int, shape: RowShape) -> None:
         """Make room for `rows` more rows of `shape`: move what is needed to the front, of a larger buffer."""

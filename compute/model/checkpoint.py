@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 
 from mycel.compute.engine import ModelUnsupported
@@ -51,7 +52,7 @@ class Source:
     name: str
     directory: Path
     weight_map: dict[str, str]
-    """Tensor name -> file name."""
+    """Tensor name -> file name; empty for a hub model of one file until `name_tensors` fetched it."""
     file_bytes: dict[str, int]
     """File name -> size."""
     hub: bool
@@ -96,24 +97,34 @@ def _local(path: Path) -> Source:
 def _remote(model: str) -> Source:
     try:
         listed = HfApi().model_info(model, files_metadata=True).siblings or []
-        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, INDEX]))
+        directory = download(model, [*SMALL_FILES, INDEX])
     except HFValidationError as error:
         raise FileNotFoundError(f"{model!r} is neither a directory nor a hub id (org/name)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # boundary: the hub client passes on what its HTTP library raises
         return _cached(model, error)
     sizes = {entry.rfilename: entry.size or 0 for entry in listed}
     if INDEX in sizes:
         weight_map = read_index(directory / INDEX)
         names = sorted(set(weight_map.values()))
     elif SINGLE in sizes:
-        directory = Path(snapshot_download(model, allow_patterns=[*SMALL_FILES, SINGLE]))
-        weight_map, names = dict.fromkeys(read_header(directory / SINGLE), SINGLE), [SINGLE]
+        weight_map, names = {}, [SINGLE]
     else:
         raise _no_safetensors(model, list(sizes))
     missing = [name for name in names if name not in sizes]
     if missing:
         raise FileNotFoundError(f"{model}: {INDEX} names {missing[0]}, which the hub does not list")
     return Source(model, directory, weight_map, {name: sizes[name] for name in names}, hub=True)
+
+
+def download(model: str, patterns: list[str]) -> Path:
+    """Fetch what is not yet here of a hub model's files matching `patterns`; their directory."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _cached(model: str, error: Exception) -> Source:
@@ -188,16 +199,24 @@ def _entry(path: Path, name: str, spec: dict[str, Any], data_bytes: int) -> Entr
     return Entry(spec["dtype"], shape)
 
 
+def name_tensors(source: Source) -> Source:
+    """The source with its weight map: a checkpoint of one file has to be here before its tensors are known."""
+    if source.weight_map:
+        return source
+    here = fetch(source, [])
+    return replace(here, weight_map=dict.fromkeys(read_header(here.directory / SINGLE), SINGLE))
+
+
 def fetch(source: Source, names: Iterable[str]) -> Source:
-    """Make sure that the files holding the tensors `names` are here; downloads of a hub model happen now."""
+    """Make sure that the files holding the tensors `names` are here; a hub model's are downloaded now."""
     if not source.hub:
         return source
-    files = sorted({source.weight_map[name] for name in names})
+    files = sorted({source.weight_map[name] for name in names}) or [SINGLE]
     try:
-        directory = Path(snapshot_download(source.name, allow_patterns=[*SMALL_FILES, INDEX, *files]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        directory = download(source.name, [*SMALL_FILES, INDEX, *files])
+    except Exception as error:  # boundary: the hub client passes on what its HTTP library raises
         raise FileNotFoundError(f"{source.name}: could not fetch {', '.join(files)} ({error})") from error
-    return Source(source.name, directory, source.weight_map, source.file_bytes, hub=True)
+    return replace(source, directory=directory)
 
 
 class LazyTensor:

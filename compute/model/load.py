@@ -51,8 +51,11 @@ def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
     torch.nn.Module.to(model, device)
     forward = Forward(model, described.anatomy, described.plans)
     say(0.95, "trying it out")
-    with torch.inference_mode():
-        trial = try_out(forward, span, described.card.hidden_size, described.card.vocab_size)
+    try:
+        with torch.inference_mode():
+            trial = try_out(forward, span, described.card.hidden_size, described.card.vocab_size)
+    except ModelUnsupported as error:
+        raise ModelUnsupported(f"{described.card.name} ({described.card.architecture}): {error}") from error
     info = StageInfo(
         card=msgspec.structs.replace(described.card, batchable=trial.way is not None),
         span=span,
@@ -113,9 +116,10 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
     """The gated model of `span` on the CPU, every weight from the checkpoint."""
     name, config = described.card.name, described.config
     builder: Any = split.stage_class(described.anatomy, survey.causal_class(config), span)
-    wanted = wanted_tensors(builder, config, list(described.source.weight_map))
-    say(0.05, f"fetching {len({described.source.weight_map[tensor] for tensor in wanted})} files")
-    source = checkpoint.fetch(described.source, wanted)
+    source = checkpoint.name_tensors(described.source)
+    wanted = wanted_tensors(builder, config, list(source.weight_map))
+    say(0.05, f"fetching {len({source.weight_map[tensor] for tensor in wanted})} files")
+    source = checkpoint.fetch(source, wanted)
     total = max(1, len(wanted))
     done = 0
 
@@ -128,7 +132,12 @@ def load_weights(described: Described, span: Span, dtype: torch.dtype, say: Prog
     try:
         with quiet_transformers():
             model, report = builder.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (RuntimeError, SafetensorError, ValueError, OSError) as error:
         raise ModelUnsupported(f"{name}: its weights do not load ({error})") from error
@@ -193,7 +202,11 @@ def unknown_buffers(model: PreTrainedModel) -> list[str]:
     Found by spoiling a copy of each and asking the model to initialise it again.
     """
     found = []
+    owners: dict[str, Any] = {"": model}
     for path, module in model.named_modules():
+        owner = owners[path] = (
+            module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        )
         names = sorted(module._non_persistent_buffers_set)
         if not names or next(module.parameters(recurse=False), None) is not None:
             continue
@@ -202,7 +215,7 @@ def unknown_buffers(model: PreTrainedModel) -> list[str]:
             if buffer is not None:
                 module._buffers[name] = torch.full_like(buffer, 77)
         with torch.no_grad():
-            model._init_weights(module)
+            owner._init_weights(module)
         for name, buffer in kept.items():
             made = module._buffers[name]
             if buffer is not None and (made is None or not torch.equal(made, buffer)):

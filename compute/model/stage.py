@@ -200,7 +200,7 @@ class Stage:
         first, span = self.info.span.start, held.cache.span
         shapes = self._trial.shapes[span.start - first : span.end - first]
         more = held.cache.bytes_after(rows, shapes) - held.nbytes
-        if more <= 0:
+        if more == 0:
             return
         refusal = None
         if self._kv_bytes + more > self._kv_bytes_max:

@@ -11,7 +11,7 @@ from the first layer, per-layer embeddings) cannot be cut, and the error says wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache
 
 from mycel.compute.engine import ModelUnsupported
 from mycel.compute.model.gates import EdgeGate, Gate, first_tensor, replace_module
+from mycel.compute.model.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,21 @@ def find_layers(model: PreTrainedModel, config: PretrainedConfig) -> str:
 
 
 def edge_modules(model: nn.Module, layers_path: str) -> list[str]:
-    """Topmost modules with weights that neither hold the layer list nor lie in it."""
+    """Modules with weights of their own that neither hold the layer list nor lie in it."""
     found: list[str] = []
+
+    def holds(path: str) -> bool:
+        return layers_path.startswith(path + ".")
 
     def walk(path: str) -> None:
         for name, child in model.get_submodule(path).named_children():
             child_path = f"{path}.{name}" if path else name
             if child_path == layers_path:
                 continue
-            if layers_path.startswith(child_path + "."):
-                walk(child_path)
-            elif next(child.parameters(), None) is not None:
+            if next(child.parameters(recurse=False), None) is not None and not holds(child_path):
                 found.append(child_path)
+            elif next(child.parameters(), None) is not None:
+                walk(child_path)
 
     walk("")
     return found
@@ -102,12 +106,12 @@ def edge_modules(model: nn.Module, layers_path: str) -> list[str]:
 
 def build_empty(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory: all parameters on torch's meta device."""
-    with torch.device("meta"), quiet_default_dtype(torch.float32):
+    with quiet_transformers(), torch.device("meta"), default_dtype(torch.float32):
         return model_class(config)
 
 
 @contextlib.contextmanager
-def quiet_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """torch's default dtype for a while."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -129,6 +133,11 @@ class Survey:
     strays: list[str] = field(default_factory=list)
 
 
+def tracked(shape: Sequence[int]) -> torch.Tensor:
+    """Zeros that autograd follows, and that a model may write into."""
+    return torch.zeros(*shape, requires_grad=True) + 0.0
+
+
 class SurveyLayer(Gate):
     """A layer gate that writes down what the layer would have been given."""
 
@@ -145,7 +154,7 @@ class SurveyLayer(Gate):
         survey.calls.append(("layer", str(self.index)))
         for name, value in [*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()]:
             self._note_stray(name, value, hidden)
-        out = torch.zeros_like(hidden).requires_grad_()
+        out = tracked(hidden.shape)
         survey.expected = out
         return out if self.tuple_size == 0 else (out,) + (None,) * (self.tuple_size - 1)
 
@@ -174,7 +183,7 @@ class SurveyEdge(EdgeGate):
         self.survey.calls.append(("edge", self.path))
         if not self.width:
             return super().forward(*args, **kwargs)
-        return torch.zeros(1, 2, self.width).requires_grad_()
+        return tracked((1, 2, self.width))
 
 
 class SurveyCache(DynamicCache):
@@ -234,7 +243,8 @@ def try_survey(
     why = ""
     for tuple_size in (0, 1, 2, 3):
         try:
-            survey = run_survey(model_class, config, layers_path, tuple_size)
+            with quiet_transformers():
+                survey = run_survey(model_class, config, layers_path, tuple_size)
         except (ModelUnsupported, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
             why = why or f"its forward cannot run around its layers ({type(error).__name__}: {error})"
             continue

@@ -100,10 +100,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention", "full_attention"],
         "pad_token_id": 0,
     },
+    "bert": _SMALL | {"intermediate_size": 48, "is_decoder": True, "pad_token_id": 0},
     "mamba": {"vocab_size": 96, "hidden_size": 32, "state_size": 8},
 }  # fmt: skip
 """Settings of one tiny model per family; the key is the model type unless the settings name one. Layer types
 repeat over the layers."""
+
+WHOLE_ONLY: dict[str, dict[str, Any]] = {
+    "gemma3n_text": _GATED
+    | {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": _SLIDING,
+        "pad_token_id": 0,
+    },
+}  # fmt: skip
+"""Families that cannot be cut into stages, for what their layers share; the same as `FAMILIES` otherwise."""
 
 
 def tiny_model(
@@ -114,11 +132,11 @@ def tiny_model(
     shard_size: str = "50GB",
     **settings: Any,
 ) -> Path:
-    """Write a random model of `family` (a key of `FAMILIES`) to the directory `path`; returns `path`.
+    """Write a random model of `family` (of `FAMILIES` or `WHOLE_ONLY`) to directory `path`; returns `path`.
 
     `settings` override the family's; `shard_size` ("20KB") cuts the checkpoint into several files.
     """
-    chosen = FAMILIES[family] | {"num_hidden_layers": layers} | settings
+    chosen = (FAMILIES | WHOLE_ONLY)[family] | {"num_hidden_layers": layers} | settings
     model_type = chosen.pop("model_type", family)
     if "layer_types" in chosen:
         pattern = chosen["layer_types"]

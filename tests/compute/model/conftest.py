@@ -33,7 +33,10 @@ class Chain:
         self.last = self.stages[-1].info.span
 
     def step(
-        self, asked: Sequence[tuple[str, int, Sequence[int]]], sampling: Sampling | None = GREEDY
+        self,
+        asked: Sequence[tuple[str, int, Sequence[int]]],
+        sampling: Sampling | None = GREEDY,
+        context: tuple[int, ...] = (),
     ) -> list[Done]:
         """One step of several sessions, (session, position, tokens) each, through all stages at once."""
         hidden: list[Tensor | None] = [None] * len(asked)
@@ -48,6 +51,7 @@ class Chain:
                     tokens=tuple(tokens) if span.start == 0 else None,
                     hidden=hidden[index],
                     sampling=sampling if span == self.last else None,
+                    context=context if span == self.last else (),
                 )
                 for index, (session, position, tokens) in enumerate(asked)
             ]

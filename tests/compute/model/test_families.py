@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mycel.compute.model.card import read_card
-from mycel.compute.model.tiny import FAMILIES
+from mycel.compute.model.tiny import FAMILIES, WHOLE_ONLY
 
 LAYERS = 6
 CUTS = {"2-way": (0, 3, 6), "uneven 4-way": (0, 1, 3, 4, 6)}
@@ -48,6 +48,25 @@ def test_split_is_bit_identical(
             position += len(step)
         same = [torch.equal(got, wanted) for got, wanted in zip(drawn_from, expected, strict=True)]
         assert all(same), f"{family} {name}: steps {[i for i, equal in enumerate(same) if not equal]} differ"
+
+
+@pytest.mark.parametrize("family", WHOLE_ONLY)
+def test_served_whole_is_bit_identical(
+    family: str,
+    tiny: Callable[..., Path],
+    chain: Callable[..., Any],
+    unsplit: Callable[..., Any],
+    drawn_from: list[torch.Tensor],
+) -> None:
+    path = tiny(family)
+    stages = chain(path, (0, 4))
+    position = 0
+    for step in STEPS:
+        stages.step([("one", position, step)])
+        position += len(step)
+    assert all(
+        torch.equal(got, wanted) for got, wanted in zip(drawn_from, unsplit(path).logits(STEPS), strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
