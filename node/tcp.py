@@ -20,6 +20,7 @@ import ipaddress
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Sequence
 
@@ -55,6 +56,8 @@ def _addr_of(name: tuple[str, int] | tuple[str, int, int, int]) -> Multiaddr:
 
 def _unsent(sock: socket.socket) -> int:
     """Bytes not acknowledged yet, 0 where the platform does not tell."""
+    if sys.platform != "linux":
+        return 0
     try:
         (count,) = struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQ, b"\0\0\0\0"))
     except OSError:

@@ -18,6 +18,9 @@ from mycel.protocol.errors import ConnectionLost, Refused, RemoteProtocolError, 
 from mycel.protocol.mesh import Buffer, PeerId
 from mycel.simnet.park import Park
 
+PARTS = 8
+"""A large write leaves in so many parts of a window: credit for the first comes while the last still leaves."""
+
 Receiver = Callable[[memoryview | None, Exception | None], None]
 Loss = StreamReset | ConnectionLost | Refused
 
@@ -44,6 +47,7 @@ class MeshStream:
         self._end = end
         self._id = stream_id
         self._credit = window
+        self._part = max(window // PARTS, 1)
         self._inbox: deque[bytes] = deque()
         self._receiver: Receiver | None = None
         self._credits_itself = True
@@ -83,7 +87,7 @@ class MeshStream:
                     await self._writable.wait()
                     self._check_send()
                     continue
-                part = view[: self._credit]
+                part = view[: min(self._credit, self._part)]
                 self._push(bytes(part))
                 view = view[part.nbytes :]
         finally:
