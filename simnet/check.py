@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mycel.simnet.trace import Event, Trace
+from mycel.simnet.events import Event, Trace
 
 if TYPE_CHECKING:
     from mycel.simnet.flow import Flow

@@ -22,10 +22,10 @@ import trio
 
 from mycel.simnet.check import Checks
 from mycel.simnet.clock import Timeline
+from mycel.simnet.events import Trace
 from mycel.simnet.flow import Flow
 from mycel.simnet.link import LinkOptions
 from mycel.simnet.machine import Machine
-from mycel.simnet.trace import Trace
 
 LOOPBACK_LATENCY_S = 25e-6
 

@@ -19,7 +19,7 @@ from mycel.protocol.mesh import Buffer, PeerId
 from mycel.simnet.park import Park
 
 PARTS = 8
-"""A large write leaves in so many parts of a window: credit for the first comes while the last still leaves."""
+"""A large write leaves in so many parts of a window: credit for the first comes while the last leaves."""
 
 Receiver = Callable[[memoryview | None, Exception | None], None]
 Loss = StreamReset | ConnectionLost | Refused
