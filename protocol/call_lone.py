@@ -26,7 +26,7 @@ from mycel.protocol.method import Method
 class LoneCall:
     """One call. `send` first; where it took the request, wait for the `answer`."""
 
-    __slots__ = ("_limits", "_method", "_reader", "_result", "_stream", "_task", "is_settled")
+    __slots__ = ("_has_ended", "_limits", "_method", "_reader", "_result", "_stream", "_task", "is_settled")
 
     def __init__(self, stream: Stream, method: Method[Any, Any], limits: CallLimits) -> None:
         self._stream = stream
@@ -35,6 +35,7 @@ class LoneCall:
         self._task: trio.lowlevel.Task | None = None
         self._reader: FrameReader | None = None
         self._result: outcome.Outcome[Any] | None = None
+        self._has_ended = False
         self.is_settled = True
 
     def send(self, request: Buffer) -> bool:
@@ -61,10 +62,10 @@ class LoneCall:
                 self._result = await trio.lowlevel.wait_task_rescheduled(self._abort)
             finally:
                 alarm.clear(self)
-        if isinstance(self._result, outcome.Value):
-            await self._stream.aclose()
-        else:
+        if not isinstance(self._result, outcome.Value):
             self._stream.reset()
+        elif not self._has_ended:  # else the stream is over both ways already
+            await self._stream.aclose()
         return self._result.unwrap()
 
     def expire(self) -> None:
@@ -86,6 +87,7 @@ class LoneCall:
             trio.lowlevel.reschedule(task, outcome.Value(result))
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
+        self._has_ended = chunk is None
         if self._result is not None:
             return  # answered: what else comes is not looked at
         peer, name = self._stream.peer, self._method.name

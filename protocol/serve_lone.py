@@ -28,6 +28,7 @@ class LoneServer:
     __slots__ = (
         "_call",
         "_frame",
+        "_has_ended",
         "_is_sending",
         "_on_end",
         "_request",
@@ -48,6 +49,7 @@ class LoneServer:
         self._worker: Worker | None = None
         self._frame: Frame | None = None
         self._is_sending = False
+        self._has_ended = False
         self._request: Any = None
         self.first = b""
         """What came before anybody else listened, for whoever serves the stream if this does not."""
@@ -87,7 +89,8 @@ class LoneServer:
         try:
             with suppress(*STREAM_GONE):
                 await self._send(await self._answer())
-                await self._stream.aclose()
+                if not self._has_ended:  # else the stream is over both ways already
+                    await self._stream.aclose()
         finally:
             self._on_end(self._stream.peer)
 
@@ -127,7 +130,9 @@ class LoneServer:
         if chunk is not None:
             if self._frame is None:
                 self.first += chunk
-        elif error is not None:
+        elif error is None:
+            self._has_ended = True
+        else:
             self.is_lost = True
             if self._worker is not None:
                 self._worker.cancel(self)
