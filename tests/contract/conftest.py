@@ -20,7 +20,7 @@ from multiaddr import Multiaddr
 from mycel.node.host import Host
 from mycel.node.tcp import TcpListener, TcpNetwork, TcpPipe
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.mesh import Access, Mesh
+from mycel.protocol.mesh import Access, Mesh, Stream
 from mycel.protocol.network import Listener, Network, Pipe
 from mycel.simnet import clock
 from mycel.simnet.internet import BufferOptions, InternetOptions, internet
@@ -140,6 +140,43 @@ class MeshPlace:
     nobody: Multiaddr
     kill_b: Callable[[], None]
     silence_b: Callable[[], None] | None
+
+    async def connect(self) -> None:
+        """Connect a to b, both sides knowing it."""
+        await self.a.connect(self.b.listen_addrs)
+        await self.until(lambda: self.a.peer_id in self.b.peers)
+
+    async def streams(self, protocol: str = "/test/pair/1") -> tuple[Stream, Stream]:
+        """Both ends of a fresh stream from a to b, which ends with the scenario."""
+        ends: list[Stream] = []
+        done = trio.Event()
+
+        async def keep(stream: Stream) -> None:
+            assert await stream.receive_exactly(1) == b"!"
+            ends.append(stream)
+            done.set()
+            await trio.sleep_forever()
+
+        self.b.serve_stream(protocol, keep)
+        near = await self.a.open_stream(self.b.peer_id, protocol)
+        await near.send(b"!")
+        await done.wait()
+        return near, ends[0]
+
+    @staticmethod
+    async def until(holds: Callable[[], object]) -> None:
+        """Wait for what comes in its own time."""
+        while True:
+            if holds():
+                return
+            await trio.sleep(0.01)
+
+    @staticmethod
+    async def echo(stream: Stream) -> None:
+        """A handler that sends back what comes, to the end."""
+        while data := await stream.receive_some():
+            await stream.send(data)
+        await stream.send_eof()
 
 
 MeshScenario = Callable[[MeshPlace], Awaitable[None]]
