@@ -48,7 +48,7 @@ def read_card(model: str) -> ModelCard:
 def describe(model: str) -> Described:
     """Find a model and read its files down to, and not including, its weights. Raises as `read_card`."""
     source = checkpoint.find(model)
-    config = read_config(source)
+    config = survey.text_part(read_config(source))
     dtype = checkpoint_dtype(source, config)
     try:
         anatomy = survey.examine(config, getattr(torch, dtype).itemsize)

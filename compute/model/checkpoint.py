@@ -200,7 +200,7 @@ def _entry(path: Path, name: str, spec: dict[str, Any], data_bytes: int) -> Entr
 
 
 def name_tensors(source: Source) -> Source:
-    """The source with its weight map: a checkpoint of one file has to be here before its tensors are known."""
+    """The source with its weight map: one file has to be here before its tensors are known."""
     if source.weight_map:
         return source
     here = fetch(source, [])

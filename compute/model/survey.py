@@ -11,7 +11,7 @@ from the first layer, per-layer embeddings) cannot be cut, and the error says wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,6 +61,16 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     found = mapping[type(config)]
     chosen: Any = found[0] if isinstance(found, (list, tuple)) else found
     return cast(type[PreTrainedModel], chosen)
+
+
+def text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The config that the causal class is built from: a composite model's text part where it takes that."""
+    wanted = causal_class(config).config_class
+    parts = getattr(config, "sub_configs", None) or {}
+    if wanted is not None and not isinstance(config, wanted) and parts.get("text_config") is wanted:
+        part: PretrainedConfig = config.get_text_config(decoder=True)
+        return part
+    return config
 
 
 def find_layers(model: PreTrainedModel, config: PretrainedConfig) -> str:
@@ -281,13 +291,31 @@ def module_bytes(module: nn.Module, itemsize: int) -> int:
     )
 
 
+def whole_branches(paths: Sequence[str], used: Collection[str], layers_path: str) -> tuple[str, ...]:
+    """The topmost modules that hold `paths` and nothing used, nor the layers: a whole vision tower."""
+    tops: list[str] = []
+    for path in paths:
+        parent = path.rpartition(".")[0]
+        while parent and not any(f"{other}.".startswith(f"{parent}.") for other in (*used, layers_path)):
+            path, parent = parent, parent.rpartition(".")[0]
+        if path not in tops:
+            tops.append(path)
+    return tuple(tops)
+
+
 def examine(config: PretrainedConfig, itemsize: int) -> Anatomy:
     """Find out how this model is built. `itemsize`: bytes per weight in the checkpoint.
 
     Raises `ModelUnsupported` when transformers has no causal model for the config or no layers are found.
     """
     model_class = causal_class(config)
-    model = build_empty(model_class, config)
+    try:
+        model = build_empty(model_class, config)
+    except Exception as error:  # boundary: a config decides what a model's constructor does
+        raise ModelUnsupported(
+            f"{model_class.__name__} cannot be built from its config.json "
+            f"({type(error).__name__}: {error}); check the file, or update transformers"
+        ) from error
     layers_path = find_layers(model, config)
     layers = model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
@@ -316,7 +344,7 @@ def examine(config: PretrainedConfig, itemsize: int) -> Anatomy:
         n_layers=len(layers),
         before=tuple(before),
         after=tuple(after),
-        idle=tuple(path for path in edges if path not in used),
+        idle=whole_branches([path for path in edges if path not in used], used, layers_path),
         tied=tied,
         tuple_size=survey.tuple_size if survey is not None else 0,
         cache_argument=cache_argument(model_class),
