@@ -165,7 +165,7 @@ class PushBoard:
                 raise RemoteProtocolError(f"a statement of {size} bytes; {_STATEMENT_BYTES_MAX} are allowed")
             try:
                 statement = _decoder.decode(await stream.receive_exactly(size))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise RemoteProtocolError(f"board statement: {error}") from None
             if self._inbound.get(author) is not stream:
                 return  # the author is gone, or speaks over a newer stream

@@ -57,7 +57,7 @@ def decode_frame(header: bytes, body: bytes) -> Frame:
     """The frame of these parts. Raises `RemoteProtocolError` for anything else than a whole valid frame."""
     try:
         frame = _decoder.decode(header)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"stage frame: {error}") from None
     if not isinstance(frame, _StepHeader):
         if body:

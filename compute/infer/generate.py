@@ -8,8 +8,9 @@ for the next piece, which is also what lets the ring go on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import trio
 from trio import TaskStatus
@@ -25,7 +26,7 @@ from mycel.compute.infer.request import GenerateRequest, ModelStatus, RequestInv
 from mycel.compute.infer.view import SwarmView
 from mycel.compute.tokenizer import Tokenizer, TokenizerError, read_tokenizer
 from mycel.protocol.board import Board
-from mycel.protocol.errors import MycelError
+from mycel.protocol.errors import LocalProtocolError, MycelError
 from mycel.protocol.mesh import PeerDown, PeerId
 from mycel.protocol.rpc import Rpc
 
@@ -53,10 +54,13 @@ class Generator:
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Drive sessions until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            await self._nursery.start(self._watch_peers)
-            await self._nursery.start(self._watch_stages)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                await self._nursery.start(self._watch_peers)
+                await self._nursery.start(self._watch_stages)
+                task_status.started()
+        finally:
+            self._nursery = None
 
     def models(self) -> list[ModelStatus]:
         """What the peers in reach can serve, ordered by name."""
@@ -77,19 +81,24 @@ class Generator:
     @asynccontextmanager
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
         if self._nursery is None:
-            raise RuntimeError("start Generator.run first")
+            raise LocalProtocolError("start Generator.run first")
         card = self._view.find(request.model)
-        generation = await self._prepare(request, card, self._nursery)
+        generation = await self._prepare(request, card)
         self._generations[generation.session] = generation
         try:
             await generation.drive.begin()
-            self._nursery.start_soon(generation.keep_going)
+            self._start_soon(generation.keep_going)
             yield generation
         finally:
             del self._generations[generation.session]
             generation.end()
 
-    async def _prepare(self, request: GenerateRequest, card: ModelCard, nursery: trio.Nursery) -> Generation:
+    def _start_soon(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Start a task of the service's; nothing happens where the service has ended."""
+        if self._nursery is not None:
+            self._nursery.start_soon(work, *args)
+
+    async def _prepare(self, request: GenerateRequest, card: ModelCard) -> Generation:
         tokenizer: Tokenizer | None = None
         try:
             tokenizer = await self._tokenizer(card)
@@ -111,7 +120,7 @@ class Generator:
             replay=request.replay,
         )
         session = OwnerSession(job, self._timing, trio.current_time())
-        services = Services(self._links, self._rpc, self._view, nursery.start_soon)
+        services = Services(self._links, self._rpc, self._view, self._start_soon)
         return Generation(request, card, tokenizer, session, services)
 
     async def _tokenizer(self, card: ModelCard) -> Tokenizer:

@@ -13,7 +13,15 @@ from mycel.compute.engine import ModelCard, Sampled
 from mycel.compute.infer.drive import Drive, Services
 from mycel.compute.infer.messages import TokenFrame
 from mycel.compute.infer.owner import OwnerSession
-from mycel.compute.infer.request import GenerateRequest, Piece, Report, RequestInvalid, RouteStage, Token
+from mycel.compute.infer.request import (
+    GenerateRequest,
+    GenerationFailed,
+    Piece,
+    Report,
+    RequestInvalid,
+    RouteStage,
+    Token,
+)
 from mycel.compute.textstream import TextStream
 from mycel.compute.tokenizer import Tokenizer
 from mycel.protocol.errors import MycelError
@@ -80,6 +88,9 @@ class Generation:
                 await self.drive.run()
             except MycelError as error:
                 self._failure = error
+            finally:
+                if self._failure is None and self._finish is None:
+                    self._failure = GenerationFailed("this node stops")
                 self._news.set()
 
     def end(self) -> None:

@@ -39,7 +39,7 @@ from mycel.compute.infer.session import SessionCounters, StageSession
 from mycel.compute.infer.stage import Stage
 from mycel.compute.supervise import EngineEvent
 from mycel.protocol.board import Board
-from mycel.protocol.errors import Refused
+from mycel.protocol.errors import LocalProtocolError, Refused
 from mycel.protocol.mesh import PeerDown, PeerId
 from mycel.protocol.method import Call
 from mycel.protocol.rpc import Rpc
@@ -92,7 +92,7 @@ class StageServer:
         `Refused` when this node serves that model already or has no memory for a single layer.
         """
         if self._nursery is None:
-            raise RuntimeError("start StageServer.run first")
+            raise LocalProtocolError("start StageServer.run first")
         served = Served(self._links, self._board, spec, options, report)
         try:
             await self._nursery.start(served.run, start_engine)

@@ -230,6 +230,6 @@ def read_stage(value: bytes | None) -> StageFact | None:
         return None
     try:
         fact = msgspec.msgpack.decode(value, type=StageFact)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return fact if fact.span != Span(0, 0) and 0 <= fact.span.start < fact.span.end else None

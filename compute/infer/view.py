@@ -119,5 +119,5 @@ class SwarmView:
 def _card(value: bytes | None) -> ModelCard | None:
     try:
         return None if value is None else msgspec.msgpack.decode(value, type=ModelFact).card
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

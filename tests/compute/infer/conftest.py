@@ -144,8 +144,8 @@ SwarmOf = Callable[..., AbstractAsyncContextManager[Swarm]]
 
 
 @pytest.fixture
-def swarm(autojump_clock: trio.testing.MockClock) -> SwarmOf:
-    """Opens a swarm: `async with swarm(latency_s=0.001) as s`."""
+def swarm() -> SwarmOf:
+    """Opens a swarm: `async with swarm(latency_s=0.001) as s`. Tests ask for autojump_clock as well."""
 
     @asynccontextmanager
     async def open_swarm(seed: int = 1, latency_s: float = 0.0005) -> AsyncIterator[Swarm]:

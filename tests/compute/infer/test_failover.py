@@ -38,7 +38,9 @@ async def run_with(
 
 @pytest.mark.parametrize("how", ["kill", "silence"])
 @pytest.mark.parametrize("which", [1, 2, 3])
-async def test_any_one_stage_may_die(swarm: Any, llama: Any, reference: Any, which: int, how: str) -> None:
+async def test_any_one_stage_may_die(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any, which: int, how: str
+) -> None:
     expected = reference(llama, PROMPT, COUNT)
     async with swarm() as s:
         nodes = await s.stages(llama, [0, 1, 3, 4], spares=1)
@@ -65,7 +67,9 @@ async def test_any_one_stage_may_die(swarm: Any, llama: Any, reference: Any, whi
         assert spare.rows == len(PROMPT) + COUNT - 1
 
 
-async def test_survivors_compute_nothing_while_the_replacement_catches_up(swarm: Any, llama: Any) -> None:
+async def test_survivors_compute_nothing_while_the_replacement_catches_up(
+    autojump_clock: Any, swarm: Any, llama: Any
+) -> None:
     async with swarm() as s:
         owner, first, middle, last, spare = await s.stages(llama, [0, 1, 3, 4], spares=1)
         tokens, report = await run_with(owner, request_of(), 20, middle.kill)
@@ -80,7 +84,9 @@ async def test_survivors_compute_nothing_while_the_replacement_catches_up(swarm:
 
 
 @pytest.mark.parametrize("how", ["kill", "silence"])
-async def test_two_adjacent_stages_may_die(swarm: Any, llama: Any, reference: Any, how: str) -> None:
+async def test_two_adjacent_stages_may_die(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any, how: str
+) -> None:
     async with swarm() as s:
         owner, _, second, third, spare = await s.stages(llama, [0, 1, 3, 4], spares=1)
 
@@ -95,7 +101,9 @@ async def test_two_adjacent_stages_may_die(swarm: Any, llama: Any, reference: An
         ]
 
 
-async def test_first_and_last_may_die_together(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_first_and_last_may_die_together(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     async with swarm() as s:
         owner, first, _, last, _, _ = await s.stages(llama, [0, 1, 3, 4], spares=2)
 
@@ -107,7 +115,9 @@ async def test_first_and_last_may_die_together(swarm: Any, llama: Any, reference
         assert tokens == reference(llama, PROMPT, COUNT)
 
 
-async def test_the_owners_own_stage_may_die(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_the_owners_own_stage_may_die(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     """Its worker crashes: the engine is lost, not the daemon."""
     async with swarm() as s:
         owner, *_ = await s.stages(llama, [1, 3, 4], spares=0)
@@ -124,7 +134,9 @@ async def test_the_owners_own_stage_may_die(swarm: Any, llama: Any, reference: A
         assert report.route[0].peer == spare.peer
 
 
-async def test_a_lost_engine_serves_again(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_a_lost_engine_serves_again(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     """With nobody to take over, the session waits for the worker to be back, and replays to it."""
     async with swarm() as s:
         owner, _, middle, _ = await s.stages(llama, [0, 1, 3, 4])
@@ -136,7 +148,9 @@ async def test_a_lost_engine_serves_again(swarm: Any, llama: Any, reference: Any
         assert report.failovers[0].stall_s < 1.0
 
 
-async def test_a_sampled_session_survives_with_the_same_tokens(swarm: Any, llama: Any) -> None:
+async def test_a_sampled_session_survives_with_the_same_tokens(
+    autojump_clock: Any, swarm: Any, llama: Any
+) -> None:
     sampling = Sampling(temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.3, seed=11, logprobs=2)
     request = request_of(sampling=sampling)
     async with swarm() as s:
@@ -149,7 +163,7 @@ async def test_a_sampled_session_survives_with_the_same_tokens(swarm: Any, llama
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
-async def test_a_chunked_replay_says_so(swarm: Any, llama: Any, which: int) -> None:
+async def test_a_chunked_replay_says_so(autojump_clock: Any, swarm: Any, llama: Any, which: int) -> None:
     async with swarm() as s:
         nodes = await s.stages(llama, [0, 1, 3, 4], spares=1)
         tokens, report = await run_with(nodes[0], request_of(replay="chunked"), 30, nodes[which].kill)
@@ -164,7 +178,7 @@ async def test_a_chunked_replay_says_so(swarm: Any, llama: Any, which: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 async def test_twenty_of_twenty_finish_with_the_same_text(
-    swarm: Any, llama: Any, reference: Any, seed: int
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any, seed: int
 ) -> None:
     rng = random.Random(seed)
     at, which, how = rng.randrange(1, COUNT), rng.randrange(1, 4), rng.choice(["kill", "silence"])
@@ -175,7 +189,9 @@ async def test_twenty_of_twenty_finish_with_the_same_text(
         assert report.failovers[0].stall_s < 3.0
 
 
-async def test_a_slow_stage_is_left_to_its_work(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_a_slow_stage_is_left_to_its_work(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     async with swarm() as s:
         owner, _, middle, _, spare = await s.stages(llama, [0, 1, 3, 4], spares=1)
         steps = 0
@@ -193,7 +209,9 @@ async def test_a_slow_stage_is_left_to_its_work(swarm: Any, llama: Any, referenc
         assert spare.rows == 0
 
 
-async def test_a_hung_stage_is_replaced_in_the_end(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_a_hung_stage_is_replaced_in_the_end(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     async with swarm() as s:
         timing = Timing(stuck_s=20.0)
         owner, _, middle, _, _ = await s.stages(llama, [0, 1, 3, 4], spares=1, timing=timing)
@@ -206,7 +224,7 @@ async def test_a_hung_stage_is_replaced_in_the_end(swarm: Any, llama: Any, refer
 
 @pytest.mark.parametrize("pair", [(0, 1), (1, 2), (2, 3), (3, 1), (3, 0)])
 async def test_a_broken_link_between_living_peers_resumes_the_same_route(
-    swarm: Any, llama: Any, reference: Any, pair: tuple[int, int]
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any, pair: tuple[int, int]
 ) -> None:
     async with swarm() as s:
         nodes = await s.stages(llama, [0, 1, 3, 4], spares=1)
@@ -221,7 +239,9 @@ async def test_a_broken_link_between_living_peers_resumes_the_same_route(
         assert [node.rows for node in nodes[1:4]] == [len(PROMPT) + COUNT - 1] * 3  # nothing twice
 
 
-async def test_the_replacement_may_die_while_it_catches_up(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_the_replacement_may_die_while_it_catches_up(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     async with swarm() as s:
         owner, _, middle, _, one, two = await s.stages(llama, [0, 1, 3, 4], spares=2)
         spares = [one, two]
@@ -246,7 +266,7 @@ async def test_the_replacement_may_die_while_it_catches_up(swarm: Any, llama: An
 
 @pytest.mark.parametrize("delay", [0.0, 0.0005, 0.002, 0.01, 0.05, 0.3, 0.6, 1.1])
 async def test_a_second_stage_dies_during_recovery(
-    swarm: Any, llama: Any, reference: Any, delay: float
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any, delay: float
 ) -> None:
     async with swarm() as s, trio.open_nursery() as nursery:
         owner, first, middle, *_ = await s.stages(llama, [0, 1, 3, 4], spares=2)
@@ -263,7 +283,9 @@ async def test_a_second_stage_dies_during_recovery(
         assert tokens == reference(llama, PROMPT, COUNT)
 
 
-async def test_a_leaving_stage_hands_over_without_a_wait(swarm: Any, llama: Any, reference: Any) -> None:
+async def test_a_leaving_stage_hands_over_without_a_wait(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
     async with swarm() as s, trio.open_nursery() as nursery:
         owner, _, middle, _, spare = await s.stages(llama, [0, 1, 3, 4], spares=1)
         tokens, report = await run_with(
@@ -278,7 +300,7 @@ async def test_a_leaving_stage_hands_over_without_a_wait(swarm: Any, llama: Any,
 
 
 async def test_the_only_holder_that_leaves_is_used_while_it_lasts(
-    swarm: Any, llama: Any, reference: Any
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
 ) -> None:
     async with swarm() as s, trio.open_nursery() as nursery:
         owner, _, middle, _ = await s.stages(llama, [0, 1, 3, 4])
