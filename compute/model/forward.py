@@ -6,8 +6,9 @@ for the span at hand (own layers, gates around them), and the cache it is given 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,13 +96,29 @@ class Forward:
         kept = out if self._keeps_logits else out[ends]
         return [kept[index : index + 1] for index in range(len(counts))]
 
+    @contextlib.contextmanager
+    def watching_dtype(self, span: Span) -> Iterator[list[torch.dtype]]:
+        """The dtypes that the last layer of `span` hands on, as it runs; some models keep them in float32."""
+        seen: list[torch.dtype] = []
+
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            seen.append((out[0] if isinstance(out, tuple) else out).dtype)
+
+        hook = self._layers[span.end - 1].register_forward_hook(note)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
     def _call(self, span: Span, inputs: torch.Tensor, cache: Any, more: dict[str, Any]) -> torch.Tensor:
         """The model's forward over `span`: hidden states [1, rows, hidden], or logits [1, kept, vocab]."""
         entry = self._lay_out(span)
         more[self.anatomy.cache_argument] = cache
         if entry is not None:
             entry.hidden = inputs
-            more["inputs_embeds"] = inputs
+            more["inputs_embeds"] = inputs.to(
+                self.dtype
+            )  # what masks and rotary tables take their dtype from
         else:
             more["input_ids"] = inputs
         try:

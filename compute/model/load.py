@@ -45,7 +45,7 @@ def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
     device = choose_device(spec.device)
     dtype = choose_dtype(described, spec.dtype)
     if spec.threads != torch.get_num_threads():
-        torch.set_num_threads(spec.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(spec.threads or usable_cores())
     model = load_weights(described, span, dtype, say)
     say(0.9, f"moving to {device}")
     torch.nn.Module.to(model, device)
@@ -66,6 +66,13 @@ def load_stage(spec: StageSpec, progress: Progress | None = None) -> Stage:
     )
     say(1.0, "ready")
     return Stage(forward, trial, info, spec.kv_bytes_max)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_span(described: Described, span: Span | None) -> Span:

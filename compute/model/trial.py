@@ -36,7 +36,8 @@ def try_out(forward: Forward, span: Span, width: int, vocab: int) -> Trial:
     probe = Probe(forward, span, width, vocab)
     cache = SessionCache(forward.plans, span)
     try:
-        out = probe.alone(cache, 3, seed=0)
+        with forward.watching_dtype(span) as hidden_dtypes:
+            probe.alone(cache, 3, seed=0)
         steps = any(probe.runs_in_steps(seed) for seed in SEEDS)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise ModelUnsupported(
@@ -47,8 +48,7 @@ def try_out(forward: Forward, span: Span, width: int, vocab: int) -> Trial:
             "running rows in steps does not give what running them at once gives: "
             "its attention looks ahead, or it keeps no cache; only causal models can be served"
         )
-    hidden_dtype = forward.dtype if forward.is_last(span) else out.dtype
-    return Trial(cache.shapes(), hidden_dtype, find_way(probe))
+    return Trial(cache.shapes(), hidden_dtypes[-1], find_way(probe))
 
 
 def find_way(probe: Probe) -> Way | None:

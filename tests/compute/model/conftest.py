@@ -64,9 +64,9 @@ class Chain:
 class Unsplit:
     """The model as transformers runs it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         with quiet_transformers():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self.argument = "cache_params" if self.model.config.model_type == "mamba" else "past_key_values"
 
     def logits(self, steps: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -69,6 +69,24 @@ def test_served_whole_is_bit_identical(
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen3_next", "mamba", "gpt_oss"])
+def test_split_is_bit_identical_in_bfloat16(
+    family: str,
+    tiny: Callable[..., Path],
+    chain: Callable[..., Any],
+    unsplit: Callable[..., Any],
+    drawn_from: list[torch.Tensor],
+) -> None:
+    path = tiny(family, layers=LAYERS)
+    stages = chain(path, CUTS["uneven 4-way"], dtype="bfloat16")
+    position = 0
+    for step in STEPS:
+        stages.step([("one", position, step)])
+        position += len(step)
+    expected = unsplit(path, torch.bfloat16).logits(STEPS)
+    assert [torch.equal(got, wanted) for got, wanted in zip(drawn_from, expected, strict=True)] == [True] * 6
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_steps_are_close_to_single_ones(
     family: str, tiny: Callable[..., Path], chain: Callable[..., Any], drawn_from: list[torch.Tensor]
