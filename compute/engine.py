@@ -64,9 +64,11 @@ class ModelCard(msgspec.Struct, frozen=True):
     kv_bytes_per_token_layer: int
     eos_tokens: tuple[int, ...]
     batchable: bool
-    """Whether steps of several sessions can run as one (no: recurrent state)."""
+    """Whether steps of several sessions can run as one (no: recurrent state). A loaded stage's card tells what
+    its trial showed, a card read from files what is likely."""
     rewindable: bool
-    """Whether a session's cache can be cut back (no: recurrent state, cropped sliding windows)."""
+    """Whether a session's cache can be cut back (no: recurrent state). Layers with a sliding window go back at
+    least 64 rows, and refuse beyond what they still hold."""
 
 
 class StageInfo(msgspec.Struct, frozen=True):
@@ -117,11 +119,12 @@ class Work(msgspec.Struct, frozen=True):
     """At the last stage: draw the token after the last row. None: only fill the cache."""
     context: tuple[int, ...] = ()
     """With a repetition penalty: the token ids so far, prompt included, that the engine has not been given
-    for this session yet (it keeps them)."""
+    for this session yet (it keeps them, and those it drew; giving those again does no harm)."""
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The result of one `Work`, in the same order. Exactly one of the three is set."""
+    """The result of one `Work`, in the same order. At most one of the three is set: a last stage that was to
+    draw nothing gives none."""
 
     session: str
     position: int
@@ -129,7 +132,9 @@ class Done(msgspec.Struct, frozen=True):
     """[count, hidden_size], for every stage but the last."""
     sampled: Sampled | None = None
     error: str | None = None
-    """This session's part failed (no cache memory, a position that does not follow); the others went on."""
+    """This session's part failed; the others went on. Begins with one word for machines: `gap:` (the position
+    does not follow), `full:` (no cache memory), `input:` (the work makes no sense), `failed:` (the computation
+    broke, and the session with it)."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
