@@ -64,11 +64,11 @@ class ModelCard(msgspec.Struct, frozen=True):
     kv_bytes_per_token_layer: int
     eos_tokens: tuple[int, ...]
     batchable: bool
-    """Whether steps of several sessions can run as one (no: recurrent state). A loaded stage's card tells what
-    its trial showed, a card read from files what is likely."""
+    """Whether steps of several sessions can run as one (no: recurrent state). A loaded stage's card tells
+    what its trial showed, a card read from files what is likely."""
     rewindable: bool
-    """Whether a session's cache can be cut back (no: recurrent state). Layers with a sliding window go back at
-    least 64 rows, and refuse beyond what they still hold."""
+    """Whether a session's cache can be cut back (no: recurrent state). Layers with a sliding window go back
+    at least 64 rows, and refuse beyond what they still hold."""
 
 
 class StageInfo(msgspec.Struct, frozen=True):
@@ -132,9 +132,9 @@ class Done(msgspec.Struct, frozen=True):
     """[count, hidden_size], for every stage but the last."""
     sampled: Sampled | None = None
     error: str | None = None
-    """This session's part failed; the others went on. Begins with one word for machines: `gap:` (the position
-    does not follow), `full:` (no cache memory), `input:` (the work makes no sense), `failed:` (the computation
-    broke, and the session with it)."""
+    """This session's part failed; the others went on. Begins with one word for machines: `gap:` (the
+    position does not follow), `full:` (no cache memory), `input:` (the work makes no sense), `failed:` (the
+    computation broke, and the session with it)."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
