@@ -25,11 +25,18 @@ LAYERS = 8
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what the command line asks for; returns the exit status (1: the scenario did not end well)."""
-    asked = _parser().parse_args(list(arguments))
+    """Run what the command line asks for; returns the exit status (1: the scenario did not end well).
+
+    Raises `SystemExit` where the command line itself is wrong.
+    """
+    parser = _parser()
+    asked = parser.parse_args(list(arguments))
     began = time.monotonic()
     report: DieoffReport | StormReport
     if asked.scenario == "swarm":
+        asked.deaths = asked.nodes // 3 if asked.deaths is None else asked.deaths
+        if asked.nodes < 6 or asked.tokens < 6 or not 0 < asked.deaths < asked.nodes - 1:
+            parser.error("a swarm needs at least 6 nodes, 6 tokens, and two nodes that live on")
         report = _swarm(asked)
     else:
         report = clock.run(lambda: storm(StormOptions(asked.seed, asked.nodes, asked.seconds)), asked.seed)
@@ -60,16 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _swarm(asked: argparse.Namespace) -> DieoffReport:
-    deaths = asked.nodes // 3 if asked.deaths is None else asked.deaths
-    if asked.nodes < 6 or asked.tokens < 6 or not 0 < deaths < asked.nodes - 1:
-        raise SystemExit("mycel sim swarm: give at least 6 nodes, 6 tokens, and leave two nodes alive")
     # These bring torch, which takes seconds to load; a storm and --help should not wait for it.
     from mycel.compute.model.tiny import tiny_llama
     from mycel.simnet.dieoff import DieoffOptions, dieoff
 
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_llama(Path(folder) / "tiny", num_hidden_layers=LAYERS)
-        options = DieoffOptions(model, asked.seed, asked.nodes, deaths, asked.tokens)
+        options = DieoffOptions(model, asked.seed, asked.nodes, asked.deaths, asked.tokens)
         return clock.run(lambda: dieoff(options), asked.seed)
 
 
