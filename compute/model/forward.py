@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mycel.compute.engine import ModelUnsupported, Span
 from mycel.compute.model.cache import LayerPlan, SessionCache
-from mycel.compute.model.gates import Entry, Exit, Gate, StopForward, replace_module
+from mycel.compute.model.gates import Entry, Exit, Gate, LayerList, StopForward, replace_module
 from mycel.compute.model.packed import PackedCache, Way, attention_configs, packing
 from mycel.compute.model.survey import Anatomy
 
@@ -155,6 +155,6 @@ class Forward:
             modules[span.start - 1] = entry
         if span.end < len(modules):
             modules[span.end] = Exit(self._layers[span.end], size)
-        layout = nn.ModuleList(modules)
+        layout = LayerList(modules)
         layout.training = False
         return layout, entry

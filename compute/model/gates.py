@@ -92,6 +92,15 @@ class Entry(Gate):
         return super().forward(self.hidden)
 
 
+class LayerList(nn.ModuleList):
+    """A layer list whose slices are plain lists: models slice theirs in every forward, to loop over it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self._modules.values())[index]
+        return super().__getitem__(index)
+
+
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` at `path`, in place of what is there."""
     parent_path, _, name = path.rpartition(".")
