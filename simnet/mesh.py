@@ -60,6 +60,8 @@ class MeshWorld:
         self.options = options
         self.timeline = timeline
         self.nursery = nursery
+        self.is_over = False
+        """Whether the block was left: what still arrives starts nothing."""
         self.nodes: dict[PeerId, SimMesh] = {}
         self._by_host: dict[tuple[str, int], SimMesh] = {}
         self._blocked: dict[tuple[PeerId, PeerId], None] = {}
@@ -140,6 +142,10 @@ async def mesh_world(options: MeshOptions | None = None) -> AsyncIterator[MeshWo
         timeline = Timeline()
         await nursery.start(timeline.run)
         async with trio.open_nursery() as handlers:
-            yield MeshWorld(options or MeshOptions(), timeline, handlers)
+            world = MeshWorld(options or MeshOptions(), timeline, handlers)
+            try:
+                yield world
+            finally:
+                world.is_over = True
             handlers.cancel_scope.cancel()
         nursery.cancel_scope.cancel()

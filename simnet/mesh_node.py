@@ -195,6 +195,8 @@ class SimMesh:
 
     def start_handler(self, handler: StreamHandler, stream: MeshStream) -> None:
         """Serve one inbound stream in a task of its own, until the node dies; or let it be taken."""
+        if self.world.is_over:
+            return
         taker = self._takers.get(stream.protocol)
         if taker is not None:
             try:
