@@ -67,7 +67,11 @@ class Stage:
         return self._open_forward
 
     def step(self, works: Sequence[Work]) -> list[Done]:
-        """Run every work's rows; one `Done` per work, in order. Never raises for what one work got wrong."""
+        """Run every work's rows; one `Done` per work, in order.
+
+        Never raises for what one work got wrong; memory that runs out in the midst of a forward is raised, and
+        the stage is not to be used after that.
+        """
         began = time.perf_counter()
         results: dict[int, Done] = {}
         with torch.inference_mode():
@@ -211,7 +215,9 @@ class Stage:
         else:
             try:
                 held.cache.reserve(rows, shapes)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 refusal = f"full: the device has no memory for {more} more bytes of cache ({error})"
         self._account(held)
         if refusal:

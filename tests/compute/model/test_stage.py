@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mycel.compute.engine import Done, ModelUnsupported, Sampling, Span, StageSpec, Work
+from mycel.compute.model.cache import RowShape
 from mycel.compute.model.forward import Forward
 from mycel.compute.model.load import load_stage
 from mycel.compute.model.stage import Stage
@@ -127,6 +128,24 @@ def test_a_session_that_cannot_grow_keeps_what_it_has(tiny: Callable[..., Path])
     assert refused.startswith("full:")
     assert stage.stats().kv_bytes == cost
     assert feed(stage, "a", 5, [1]) == feed(one, "a", 5, [1])
+
+
+def test_a_device_without_memory_refuses_the_session_and_goes_on(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = feed(stage, "a", 0, PROMPT)
+    cost = stage.stats().kv_bytes
+
+    def exhausted(self: RowShape, capacity: int) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowShape, "buffers", exhausted)
+        error = feed(stage, "b", 0, PROMPT).error
+    assert error is not None
+    assert error.startswith("full: the device has no memory")
+    assert (stage.stats().sessions, stage.stats().kv_bytes) == (1, cost)
+    assert feed(stage, "b", 0, PROMPT).sampled == first.sampled
 
 
 def test_any_part_of_the_span_runs_and_equals_a_stage_of_that_part(tiny: Callable[..., Path]) -> None:
