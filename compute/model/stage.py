@@ -69,7 +69,7 @@ class Stage:
     def step(self, works: Sequence[Work]) -> list[Done]:
         """Run every work's rows; one `Done` per work, in order.
 
-        Never raises for what one work got wrong; memory that runs out in the midst of a forward is raised, and
+        Never raises for what one work got wrong; memory that runs out in a forward is raised, and
         the stage is not to be used after that.
         """
         began = time.perf_counter()
