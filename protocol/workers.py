@@ -75,10 +75,10 @@ class Workers:
 
     def start(self, job: Job) -> Worker:
         """Do `job` in a task of its own, in a fresh context and a cancel scope with its deadline."""
-        while self._idle:
+        while self._idle:  # none of them is cancelled: a cancelled one has left at once
             worker = self._idle.pop()
-            if worker.scope.cancel_called or worker.task is None:
-                continue  # its last job's deadline caught up with it
+            if worker.task is None:
+                continue
             worker.job = job
             worker.scope.deadline = job.deadline
             worker.task.context = self._context.copy()
