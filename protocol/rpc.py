@@ -3,8 +3,8 @@
 Small unary calls to one peer share one long-lived stream, the *line*, each way its own (so that both
 sides opening one at once needs no agreement): see `call_line` and `serve_line`. Messages above
 `CallLimits.shared_bytes` and all streaming calls have a stream each (`call_single`, `serve_single`; small
-ones that were asked to, `call_lone` and `serve_lone`), so they hold nobody up. A call to this node's own peer id
-takes the same way over a stream in memory.
+ones that were asked to, `call_lone` and `serve_lone`), so they hold nobody up. A call to this node's
+own peer id takes the same way over a stream in memory.
 
 A call runs at most once. The exception is a method that says it is idempotent: when its connection is lost
 it is asked once more, as soon as the peer is back.
