@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401 before torch
 import show
 import torch
 from nodes import READY_S, Daemon, DemoFailed, Swarm
@@ -138,6 +139,12 @@ def _route(swarm: Swarm, stages: list[dict[str, Any]]) -> str:
     return " → ".join(names)
 
 
+def _by_name(swarm: Swarm, text: str) -> str:
+    for daemon in swarm.daemons:
+        text = text.replace(daemon.peer, daemon.name)
+    return text
+
+
 def _judge(swarm: Swarm, unsplit: Run, calm: Run, stormy: Run, report: dict[str, Any]) -> None:
     """Print what happened; every line is checked. Raises `DemoFailed`."""
     show.title("What happened")
@@ -162,9 +169,9 @@ def _judge(swarm: Swarm, unsplit: Run, calm: Run, stormy: Run, report: dict[str,
     for what, good, how in checks:
         show.check(what, good, how)
     for failover in failovers:
-        show.say(f"at token {failover['position']}: {failover['why']}")
+        show.say(f"at token {failover['position']}: {_by_name(swarm, failover['why'])}")
         show.say(f"went on over {_route(swarm, failover['route'])}, {failover['replay']} replay, "
-                 f"{failover['replayed_rows']} rows computed again")  # fmt: skip
+                 f"{failover['replayed_rows']} rows computed again by the spare")  # fmt: skip
     show.say(f"undisturbed {calm.tokens_per_s:.0f} tokens/s, disturbed {stormy.tokens_per_s:.0f} tokens/s, "
              f"unsplit in this process {unsplit.tokens_per_s:.0f} tokens/s")  # fmt: skip
     wrong = [what for what, good, _ in checks if not good]
