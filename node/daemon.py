@@ -30,6 +30,7 @@ from multiaddr import Multiaddr
 from mycel.compute.engine import EngineLost, ModelUnsupported, Span
 from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.links import Links
+from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.serve import StageServer
 from mycel.dht.board import PushBoard
 from mycel.node.config import Config, parse_model_layers
@@ -93,7 +94,7 @@ async def run(
     board = PushBoard(host)
     links = Links(host)
     stages = StageServer(links, rpc, board)
-    generator = Generator(links, rpc, board)
+    generator = Generator(links, rpc, board, Timing(holders_s=config.layers_wait_s))
     contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
     _learn_bootstrap(config, papers, contacts)
     lender = Lender(config, engines, stages, generator)

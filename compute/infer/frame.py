@@ -19,8 +19,8 @@ from mycel.protocol.tensor import Tensor
 
 HEADER_BYTES_MAX = 1 << 20
 """A header holds at most a prompt's token ids (up to five bytes each)."""
-BODY_BYTES_MAX = 256 << 20
-"""Hidden states of one step: 4096 rows of 16 384 float32."""
+BODY_BYTES_MAX = 64 << 20
+"""Hidden states of one step: 1024 rows of 16 384 float32."""
 
 _LENGTHS = struct.Struct(">II")
 

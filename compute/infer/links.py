@@ -63,7 +63,7 @@ class Links:
         """Where to dial peers that this node might have no connection to."""
         self._receivers: list[Receiver] = []
         self._links: dict[PeerId, _Link] = {}
-        self._inbound: dict[int, _Inbound] = {}
+        self._inbound: dict[PeerId, _Inbound] = {}
         self._nursery: trio.Nursery | None = None
         mesh.serve_stream(STAGE_PROTOCOL, self._serve, access=Access.SUBMIT)
 
@@ -127,16 +127,21 @@ class Links:
         return any(receiver.congested for receiver in self._receivers)
 
     async def _serve(self, stream: Stream) -> None:
+        """A peer's stream to here; a later one of the same peer takes its place."""
         inbound = _Inbound(self, stream)
-        self._inbound[id(inbound)] = inbound
+        before = self._inbound.get(stream.peer)
+        self._inbound[stream.peer] = inbound
+        if before is not None:
+            before.ended.set()
         try:
             stream.deliver_to(inbound.receive, credit=False)
             await inbound.ended.wait()
         finally:
-            del self._inbound[id(inbound)]
+            if self._inbound.get(stream.peer) is inbound:
+                del self._inbound[stream.peer]
         if inbound.fault is not None:
             raise inbound.fault
-        await stream.aclose()
+        stream.reset()
 
 
 class _Link:
@@ -230,7 +235,7 @@ class _Inbound:
 
     def receive(self, data: memoryview | None, error: Exception | None) -> None:
         """Bytes, the end, or the loss."""
-        if data is None:
+        if data is None or self.ended.is_set():
             self.ended.set()
             return
         self._held += len(data)

@@ -97,6 +97,8 @@ class StageServer:
         try:
             await self._nursery.start(served.run, start_engine)
             card = await served.describe()
+            if options.fingerprint not in (None, card.fingerprint):
+                raise Refused(f"{spec.model} is another model than the one meant", reason="model")
             if card.fingerprint in self._served:
                 raise Refused(f"{card.name} is served by this node already", reason="twice")
             self._served[card.fingerprint] = served

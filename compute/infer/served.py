@@ -38,6 +38,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     standby: bool = False
     """Be a spare: taken into routes only where nobody else serves the layers. Spans that are chosen because
     all layers have a holder already are spares anyway."""
+    fingerprint: str | None = None
+    """Serve only this very model; another one of the same name is refused."""
 
 
 class Served:

@@ -155,14 +155,13 @@ class Stage:
         now = trio.current_time()
         for session, work, count, done in zip(chosen, works, counts, dones, strict=True):
             self.send(session.on_done(work, count, done, now))
-        self._measure(now - began, max(work.span.end - work.span.start for work in works), sum(counts))
+        self._measure(now - began, max(work.span.end - work.span.start for work in works))
         self._links.relieve()
 
-    def _measure(self, step_s: float, layers: int, rows: int) -> None:
-        if rows > len(self.sessions) + 1:
-            return  # a prefill: rows are cheaper there, and it is decoding that routes are chosen for
-        cost = step_s / layers
-        self.layer_row_s += (cost - self.layer_row_s) * (_GAIN if self.layer_row_s else 1)
+    def _measure(self, step_s: float, layers: int) -> None:
+        if self._decoded_last:  # rows are cheaper in a prefill, and it is decoding that routes are chosen for
+            cost = step_s / layers
+            self.layer_row_s += (cost - self.layer_row_s) * (_GAIN if self.layer_row_s else 1)
 
     async def _forget(self) -> None:
         for session in self.sessions.values():
