@@ -1,8 +1,9 @@
 """The mesh over a network: this node's peers, streams and services.
 
-`Host.run` is one nursery: an acceptor per listening address, a ticker that looks after every connection, and a
-task per `Link`. All decisions are made elsewhere and without waiting: which of two links stays in `peering`,
-who may open what in `gate`, who is dead in `keepalive`, every byte of the wire in `mycel.protocol.connection`.
+`Host.run` is one nursery: an acceptor per listening address, a ticker that looks after every connection, and
+a task per `Link`. All decisions are made elsewhere and without waiting: which of two links stays in
+`peering`, who may open what in `gate`, who is dead in `keepalive`, every byte of the wire in
+`mycel.protocol.connection`.
 
 A peer is *up* once its membership is settled. With a `Membership` the dialer proves and the listener answers
 over a stream; a peer that does not speak that protocol is a stranger and stays, one that is refused is

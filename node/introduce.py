@@ -45,7 +45,7 @@ async def ping(stream: Stream, payload: bytes) -> float:
 
 
 async def read_identity(stream: Stream, sender: PublicKey) -> Identity:
-    """The identify message on `stream`. Raises `RemoteProtocolError`, `DeadlineExceeded` as the stream does."""
+    """The identify message on `stream`. Raises `RemoteProtocolError`, and as the stream does."""
     held = bytearray()
     while True:
         cut = varint.split_prefixed(held, identify.MESSAGE_BYTES_MAX)

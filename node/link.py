@@ -1,16 +1,15 @@
 """One connection at work: a `Connection` (which decides) over a `Pipe`, and the two tasks between them.
 
-Reading: one `try_recv_into` per wake-up into a buffer that all links of a node share, for what arrived is dealt
-with before anything else runs. Answers written meanwhile stay corked until the batch is parsed. Writing:
-whoever enqueues flushes at once, without a task hop, until the pipe says "not now"; then the writer task
-waits for the pipe and drains. Only the link's own tasks touch the pipe's waiting side, so a cancelled sender
-never leaves half a frame behind.
+Reading: one `try_recv_into` per wake-up into a buffer that all links of a node share, for what arrived is
+dealt with before anything else runs. Answers written meanwhile stay corked until the batch is parsed.
+Writing: whoever enqueues flushes at once, without a task hop, until the pipe says "not now"; then the writer
+task waits for the pipe and drains. Only the link's own tasks touch the pipe's waiting side, so a cancelled
+sender never leaves half a frame behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 import trio
 from multiaddr import Multiaddr
@@ -18,10 +17,11 @@ from multiaddr import Multiaddr
 from mycel.node import introduce
 from mycel.node.gate import Arrival, Gate, Service
 from mycel.node.keepalive import Keepalive, Verdict
+from mycel.node.owner import Owner
 from mycel.node.stream import HostStream
 from mycel.protocol import multistream, yamux
 from mycel.protocol.channel import Channel
-from mycel.protocol.connection import Connection, Setup, Stage
+from mycel.protocol.connection import Connection, Stage
 from mycel.protocol.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -30,7 +30,6 @@ from mycel.protocol.errors import (
     RemoteProtocolError,
 )
 from mycel.protocol.keys import PublicKey
-from mycel.protocol.limits import Limits
 from mycel.protocol.mesh import PeerId, StreamHandler
 from mycel.protocol.network import Pipe
 
@@ -44,36 +43,6 @@ HANDLER_GRACE_S = 5.0
 """How long handlers may go on after their connection is lost."""
 
 _CODES = {"protocol": yamux.PROTOCOL_ERROR}
-
-
-class Owner(Protocol):
-    """What a link needs of its host."""
-
-    limits: Limits
-    setup: Setup
-    receive_buffer: memoryview
-    services: dict[str, Service]
-
-    def on_open(self, link: Link) -> Gate:
-        """The handshake succeeded; returns the peer's gate. Raises `Refused` where it is not wanted."""
-
-    def on_lost(self, link: Link) -> None:
-        """The link ended; `link.lost` says why."""
-
-    def on_drain(self, link: Link) -> None:
-        """The peer opens no more streams on this link."""
-
-    def on_stream_refused(self, cause: str) -> None:
-        """An inbound stream was turned away."""
-
-    async def handle(self, stream: HostStream, handler: StreamHandler) -> None:
-        """Run `handler`; its failure ends the stream and nothing else."""
-
-    def learned_window(self, peer: PeerId) -> int:
-        """The receive window that `peer` filled on an earlier connection, in bytes."""
-
-    def on_handler_error(self, protocol: str, error: Exception) -> None:
-        """A handler or receiver of `protocol` raised."""
 
 
 class Link:
@@ -333,7 +302,7 @@ class Link:
     # Time and ends
 
     def on_tick(self, now: float, late: float) -> None:
-        """Look after the connection; to be called every `keepalive.TICK_S`. `late` seconds did not run here."""
+        """Look after the connection, every `keepalive.TICK_S`. `late` seconds did not run here."""
         if late:
             self._keepalive.forgive(late)
         if not self.is_open:
@@ -379,7 +348,7 @@ class Link:
                 self.end(*(self.farewell or ("superseded", "another connection to this peer took over")))
 
     def end(self, reason: str, text: str) -> None:
-        """End the connection now; streams and waiters see `ConnectionLost`. Nothing happens the second time."""
+        """End the connection now; streams and waiters see `ConnectionLost`. Once is enough."""
         if self.lost is not None:
             return
         code = _CODES.get(reason, yamux.NORMAL)

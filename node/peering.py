@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mycel.node.link import Link
 
 SIMULTANEOUS_S = 10.0
-"""Two links made within this time may stem from simultaneous dials: a dial and a handshake at their longest."""
+"""Links made within this time may stem from simultaneous dials: a dial and a handshake at their longest."""
 
 
 class Made(Protocol):

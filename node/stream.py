@@ -1,8 +1,8 @@
 """A stream of the mesh: a `Channel` (which decides) with tasks that wait for it.
 
-Sending and receiving park the task bare, without a lock or an event; the channel's callbacks wake it. A `send`
-that finds room neither parks nor hops; every so often it yields all the same, so that a sender in a loop does
-not starve the others.
+Sending and receiving park the task bare, without a lock or an event; the channel's callbacks wake it. A
+`send` that finds room neither parks nor hops; every so often it yields all the same, so that a sender in a
+loop does not starve the others.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Sending never waits here. `try_send` writes a frame straight into the connection's output where it fits, or
 keeps a copy within the bound; `enqueue` borrows the caller's memory and calls `on_drained` once the last
-byte was copied out, so a sender parks meanwhile and may be cancelled at any frame boundary (`withdraw`) without
-hurting the connection. Arriving data goes to `sink` at once; whoever owns the sink gives `credit` for what it
-has dealt with.
+byte was copied out, so a sender parks meanwhile and may be cancelled at any frame boundary (`withdraw`)
+without hurting the connection. Arriving data goes to `sink` at once; whoever owns the sink gives `credit`
+for what it has dealt with.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ multistream-select within the sealed channel), then yamux. The dialer does not w
 be yes: its first packet holds the negotiation and the first Noise message, so a connection costs two round
 trips after TCP's own.
 
-`receive` takes what arrived and raises `RemoteProtocolError` with the reason for anything the protocols forbid,
-in any state; `outgoing` and `sent` hand out what is to be written. Nothing here waits, and nothing grows
-without a bound from `Limits`.
+`receive` takes what arrived and raises `RemoteProtocolError` with the reason for anything the protocols
+forbid, in any state; `outgoing` and `sent` hand out what is to be written. Nothing here waits, and nothing
+grows without a bound from `Limits`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Connection:
         return held
 
     def _negotiate(self, data: bytes | memoryview) -> bytes | memoryview | None:
-        """Multistream-select in either role; returns what is behind the agreement, None while there is none."""
+        """Multistream-select in either role: what is behind the agreement, None while there is none."""
         if self._asks is not None:
             rest = self._asks.receive(data)
             if rest is not None:
@@ -197,7 +197,8 @@ class Connection:
 
     def _open(self) -> None:
         remote = self._noise.remote
-        assert self._outlet is not None and remote is not None
+        assert self._outlet is not None
+        assert remote is not None
         self._session = Session(
             self._outlet,
             self._observer,

@@ -1,7 +1,7 @@
 """identify 1.0.0 (libp2p specs/identify) and the signed peer record in it (libp2p RFC 0002 and 0003).
 
-Each side tells the other its agent, protocols, listen addresses and the address it sees the other at. All of it
-is hearsay of an authenticated peer: bounded on arrival, addresses that do not parse are left out, and the
+Each side tells the other its agent, protocols, listen addresses and the address it sees the other at. All of
+it is hearsay of an authenticated peer: bounded on arrival, addresses that do not parse are left out, and the
 public key must be the one the connection proved.
 """
 
@@ -141,7 +141,7 @@ def _addrs(raws: Sequence[bytes]) -> tuple[Multiaddr, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _addr(raw: bytes) -> Multiaddr | None:
-    """The address `raw`, None where it is none: the library takes cut ones for good until they are written."""
+    """The address `raw`, None where it is none (the library takes cut ones for good until written)."""
     try:
         addr = Multiaddr(raw)
         return addr if Multiaddr(str(addr)).to_bytes() == raw else None

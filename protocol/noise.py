@@ -1,4 +1,4 @@
-"""The Noise XX handshake as libp2p speaks it (libp2p specs/noise; Noise rev 34, Noise_XX_25519_ChaChaPoly_SHA256).
+"""The Noise XX handshake as libp2p speaks it (libp2p specs/noise; Noise rev 34, XX_25519_ChaChaPoly_SHA256).
 
 Three messages, each behind a two-byte length: the initiator's ephemeral key; the responder's ephemeral and
 static keys and payload; the initiator's static key and payload. A payload carries the peer's identity key and
@@ -25,7 +25,7 @@ _NAME = b"Noise_XX_25519_ChaChaPoly_SHA256"
 _SIGNED_PREFIX = b"noise-libp2p-static-key:"
 
 MESSAGE_BYTES_MAX = 8192
-"""A handshake message's bound: keys, an RSA identity key and signature, extensions; Noise itself allows 65535."""
+"""A handshake message's bound: keys, an RSA identity key and signature, extensions (Noise allows 65535)."""
 
 MUXERS_MAX = 16
 """Stream muxers a payload may list."""
@@ -66,7 +66,7 @@ class Handshake:
         else:
             noise.set_as_responder()
         noise.start_handshake()
-        # The library warns when an ephemeral key is set beforehand; ours is fresh, from the network's entropy.
+        # The library warns of ephemeral keys set beforehand; ours is fresh, from the network's entropy.
         self._state = noise.noise_protocol.handshake_state
         self._state.e = KeyPair25519.from_private_bytes(ephemeral)  # type: ignore[no-untyped-call]
         self._noise = noise

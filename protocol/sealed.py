@@ -29,8 +29,8 @@ _NONCE_PREFIX = b"\0\0\0\0"
 class Outlet:
     """Plaintext in, sealed messages out, through one buffer that exists only while it holds something.
 
-    Layout: [begin:sealed) are whole messages not yet handed to the pipe; the open message starts at `sealed` and
-    its plaintext is [sealed + 2 : tail).
+    Layout: [begin:sealed) are whole messages not yet handed to the pipe; the open message starts at `sealed`
+    and its plaintext is [sealed + 2 : tail).
     """
 
     __slots__ = ("_begin", "_buffer", "_cipher", "_nonce", "_sealed", "_spare", "_tail", "_view")

@@ -68,7 +68,7 @@ class Session:
         self._now = now
         self.rtt: float | None = None
         self.learned = yamux.INITIAL_WINDOW
-        """The largest receive window that this peer filled; to be set where an earlier connection knew more."""
+        """The largest receive window that this peer filled; set it where an earlier connection knew more."""
         self.unread = 0
         self.unacked = 0
         self.inbound = 0
@@ -91,7 +91,7 @@ class Session:
         )
 
     def open(self) -> Channel:
-        """A new stream; its SYN rides on its first frame. Raises `LimitExceeded` where `can_open` is false."""
+        """A new stream; its SYN rides on its first frame. Raises `LimitExceeded` unless `can_open`."""
         if not self.can_open or self._next_id > 0xFFFFFFFF:
             raise LimitExceeded("no further stream fits this connection; wait for one to end")
         channel = Channel(self, self._next_id, inbound=False, now=self._now)

@@ -1,7 +1,7 @@
 """yamux frames (hashicorp/yamux spec.md and libp2p specs/yamux): twelve bytes of header, then data.
 
-Here are the codec and the receive window; `mycel.protocol.channel` is one stream, `mycel.protocol.session` the
-multiplexer of them all.
+Here are the codec and the receive window; `mycel.protocol.channel` is one stream, `mycel.protocol.session`
+the multiplexer of them all.
 
 The receive window starts at 256 KiB, as the spec says, and is enforced: a peer that sends more is dropped.
 It grows by four while the reader drains half of it within a few round trips, up to a limit, and so
