@@ -286,7 +286,7 @@ class Session:
         if kind == yamux.DATA:
             if value > self._limits.stream_window_max:
                 raise RemoteProtocolError(f"a yamux frame of {value} bytes, more than any window")
-            if channel is not None and not channel.window.arrived(value):
+            if channel is not None and not channel.window.arrived(value, self._now):
                 raise RemoteProtocolError("the peer sent more than the stream's window allows")
             self._body = value
             self._body_channel = channel

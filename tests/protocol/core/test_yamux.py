@@ -236,6 +236,18 @@ def test_a_window_grows_while_it_drains_within_few_round_trips_and_not_otherwise
     assert window.size == 4 * 262_144
 
 
+def test_a_window_filled_in_one_burst_grows_faster():
+    window = ReceiveWindow(0.0)
+    window.arrived(200_000, 0.05)
+    window.consumed(200_000)
+    window.grant(0.051, 0.1, 0, 1 << 30)
+    assert window.size == 16 * 262_144
+    window.arrived(3 << 20, 0.1)
+    window.consumed(3 << 20)
+    window.grant(0.2, 0.1, 0, 1 << 30)
+    assert window.size == 64 * 262_144
+
+
 def test_a_window_jumps_to_what_the_peer_filled_before_and_stops_at_what_is_spare():
     window = ReceiveWindow(0.0)
     window.consumed(200_000)
