@@ -8,45 +8,25 @@ others go on from what they have. Whatever else breaks meanwhile only makes it g
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import trio
 
 from mycel.compute.engine import ModelCard
-from mycel.compute.infer.links import Links
-from mycel.compute.infer.messages import (
-    CLOSE,
-    OPEN,
-    RESUME,
-    STATUS,
-    NoticeFrame,
-    Open,
-    OpenReply,
-    Resume,
-    SessionName,
-    StageStatus,
-    stage_key,
-)
-from mycel.compute.infer.owner import EPOCH_UNKNOWN, OwnerSession, Restart, Verdict
+from mycel.compute.infer.contact import Contact, Services, each
+from mycel.compute.infer.messages import NoticeFrame, stage_key
+from mycel.compute.infer.owner import OwnerSession, Restart, Verdict
 from mycel.compute.infer.request import Failover, GenerationFailed, RouteStage
 from mycel.compute.infer.route import plan_repair, plan_route
 from mycel.compute.infer.served import read_stage
-from mycel.compute.infer.view import SwarmView
 from mycel.protocol.board import Fact
-from mycel.protocol.errors import ConnectionLost, DeadlineExceeded, MycelError, Refused
+from mycel.protocol.errors import MycelError, Refused
 from mycel.protocol.mesh import PeerId
-from mycel.protocol.method import Method, Req, Res
-from mycel.protocol.rpc import Rpc
-
-T = TypeVar("T")
 
 RETRY_S = 0.25
 """Between two looks for somebody to take over."""
-CLOSE_S = 2.0
-"""How long stages are told that a session is over."""
 _FINAL = ("engine", "error", "unreachable")
 """Kinds of trouble that name a peer which cannot go on."""
 _ASK = ("down", "link", "gap")
@@ -62,16 +42,6 @@ class Trouble(NamedTuple):
     text: str
 
 
-class Services(NamedTuple):
-    """What a session's owner works with."""
-
-    links: Links
-    rpc: Rpc
-    view: SwarmView
-    start_soon: Callable[..., None]
-    """Of the service's nursery."""
-
-
 class Drive:
     """One session's task. `on_tokens` is called when tokens came other than by a frame."""
 
@@ -80,16 +50,15 @@ class Drive:
     ) -> None:
         self.session = session
         self.failovers: list[Failover] = []
-        self.stages_opened: dict[PeerId, None] = {}
         self._card = card
         self._services = services
+        self._contact = Contact(session.job.session, services, session.timing)
         self._on_tokens = on_tokens
         self._me = services.links.mesh.peer_id
         self._troubles: list[Trouble] = []
         self._wake = trio.Event()
         self._suspects: dict[PeerId, float] = {}  # did not answer, at that time
         self._refused: dict[PeerId, str] = {}  # said that they cannot take this session
-        self._addrs: dict[PeerId, tuple[str, ...]] = {}
         self._running = False
         self._restart: Restart | None = None
         self._in_a_row = 0
@@ -178,24 +147,15 @@ class Drive:
         """Ask all stages what they do, twice when all seem idle."""
         timing = self.session.timing
         while True:
-            asked = self.session.epoch
-            statuses = await self._each([partial(self._ask, stage.peer) for stage in self.session.route])
+            statuses = await each([partial(self._contact.ask, s.peer) for s in self.session.route])
             verdict = self.session.judge(
                 [None if isinstance(status, MycelError) else status for status in statuses]
             )
-            assert asked == self.session.epoch
             if not verdict.recover:
                 self.session.pace.restart(trio.current_time())
             if not verdict.settle or self._troubles:
                 return verdict
             await trio.sleep(timing.settle_s + self._ring_rtt())
-
-    async def _ask(self, peer: PeerId) -> StageStatus:
-        limit = self._limit(self.session.timing.probe_s, peer)
-        try:
-            return await self._call(peer, STATUS, SessionName(self.session.job.session), limit)
-        except Refused:
-            return StageStatus(EPOCH_UNKNOWN, 0, 0, 0, 0, "waiting", 0.0)
 
     # --- routes
 
@@ -227,18 +187,16 @@ class Drive:
         self._running = True
         for stage in session.route:
             self._suspects.pop(stage.peer, None)
-        self._dismiss(peer for peer in self.stages_opened if all(s.peer != peer for s in session.route))
+        self._contact.dismiss(keep=[stage.peer for stage in session.route])
 
     async def _try_route(self) -> dict[PeerId, str] | None:
         """Open, resume and replay over the session's route; None when all went well, else who failed."""
         session, route = self.session, self.session.route
         for stage in route:
-            self.stages_opened[stage.peer] = None
-            self._addrs[stage.peer] = self._services.view.addrs(stage.peer) or self._addrs.get(stage.peer, ())
-            if stage.peer != self._me:
-                self._services.links.addrs[stage.peer] = self._addrs[stage.peer]
-        opens = session.opens(self._addrs)
-        replies = await self._each([partial(self._open, *pair) for pair in zip(route, opens, strict=True)])
+            self._contact.meet(stage.peer)
+        opens = zip(route, session.opens(self._contact.addrs), strict=True)
+        seconds = session.timing.reopen_s if self._running else session.timing.open_s
+        replies = await each([partial(self._contact.open, s.peer, opened, seconds) for s, opened in opens])
         good = [reply for reply in replies if not isinstance(reply, MycelError)]
         if len(good) < len(route):
             return self._failures(route, replies)
@@ -246,8 +204,8 @@ class Drive:
             self._on_tokens()
         restart = self._restart = session.plan_resume(good)
         if session.epoch > 1:
-            pairs = zip(route, restart.resumes, strict=True)
-            answers = await self._each([partial(self._resume, *pair) for pair in pairs])
+            resumes = zip(route, restart.resumes, strict=True)
+            answers = await each([partial(self._contact.resume, s.peer, resume) for s, resume in resumes])
             if any(isinstance(answer, MycelError) for answer in answers):
                 return self._failures(route, answers)
         for frame in restart.frames:
@@ -264,15 +222,6 @@ class Drive:
             and not (isinstance(answer, Refused) and answer.reason in ("unkept", "stale"))
         }
 
-    async def _open(self, stage: RouteStage, opened: Open) -> OpenReply:
-        timing = self.session.timing
-        limit = self._limit(timing.reopen_s if self._running else timing.open_s, stage.peer)
-        return await self._call(stage.peer, OPEN, opened, limit)
-
-    async def _resume(self, stage: RouteStage, resume: Resume) -> None:
-        limit = self._limit(self.session.timing.reopen_s, stage.peer)
-        await self._call(stage.peer, RESUME, resume, limit)
-
     async def _find_route(self) -> tuple[RouteStage, ...]:
         """The best route there is; waits a while for somebody to come when there is none.
 
@@ -281,7 +230,11 @@ class Drive:
         since = trio.current_time()
         while True:
             now = trio.current_time()
-            fresh = [peer for peer, at in self._suspects.items() if now - at < RETRY_S or self._is_gone(peer)]
+            fresh = [
+                peer
+                for peer, at in self._suspects.items()
+                if now - at < RETRY_S or self._contact.is_gone(peer)
+            ]
             route = self._plan(list(self._suspects)) or self._plan(fresh)
             if route is not None:
                 return route
@@ -289,15 +242,15 @@ class Drive:
                 raise GenerationFailed("; ".join(dict.fromkeys(self._refused.values())))
             if now - since >= self.session.timing.holders_s:
                 raise self._services.view.missing(self._card, fresh)
-            gone = [peer for peer in self._addrs if self._is_gone(peer)]
+            gone = [peer for peer in self._contact.addrs if self._contact.is_gone(peer)]
             with trio.move_on_after(RETRY_S):
-                await self._each([partial(self._reconnect, peer) for peer in gone])
+                await each([partial(self._contact.reconnect, peer) for peer in gone])
                 await trio.sleep(RETRY_S)
 
     def _plan(self, lost: Sequence[PeerId], *, forgive: bool = False) -> tuple[RouteStage, ...] | None:
         view, session = self._services.view, self.session
         avoid = [*lost, *([] if forgive else self._refused)]
-        offers = [offer for offer in view.offers(self._card) if not self._is_gone(offer.peer)]
+        offers = [offer for offer in view.offers(self._card) if not self._contact.is_gone(offer.peer)]
         if not session.route:
             return plan_route(self._card.n_layers, offers, self._me, view.rtt, avoid)
         return plan_repair(session.route, offers, self._me, view.rtt, avoid)
@@ -305,65 +258,16 @@ class Drive:
     def _suspect(self, peers: Iterable[PeerId]) -> None:
         self._suspects |= dict.fromkeys(peers, trio.current_time())
 
-    def _is_gone(self, peer: PeerId) -> bool:
-        return peer != self._me and peer not in self._services.links.mesh.peers
-
     def _record(self, position: int, lost: tuple[PeerId, ...], why: str, restart: Restart) -> None:
         replay = "chunked" if restart.chunked else "exact"
         route = self.session.route
         self.failovers.append(Failover(position, lost, why, route, 0.0, replay, restart.replayed_rows))
-
-    # --- calls
 
     def _ring_rtt(self) -> float:
         """Seconds that a token is on the wire on its way around the ring."""
         route, rtt = self.session.route, self._services.view.rtt
         return sum(rtt(route[i - 1].peer, route[i].peer) / 2 for i in range(len(route)))
 
-    def _limit(self, seconds: float, peer: PeerId) -> float:
-        return seconds + self.session.timing.round_trips * self._services.view.rtt(self._me, peer)
-
-    async def _call(self, peer: PeerId, method: Method[Req, Res], request: Req, limit_s: float) -> Res:
-        with trio.move_on_after(limit_s):
-            if self._is_gone(peer):
-                await self._reconnect(peer)
-            return await self._services.rpc.call(peer, method, request, deadline_s=limit_s)
-        raise DeadlineExceeded(f"{peer} did not answer {method.name} within {limit_s:.2f} s")
-
-    async def _reconnect(self, peer: PeerId) -> None:
-        addrs = self._addrs.get(peer)
-        if not addrs:
-            raise ConnectionLost(f"{peer} is not connected")
-        await self._services.links.mesh.connect(addrs)
-
-    async def _each(self, calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T | MycelError]:
-        """All calls at once; each one's result or failure, in order."""
-        results: dict[int, T | MycelError] = {}
-
-        async def one(index: int, call: Callable[[], Awaitable[T]]) -> None:
-            try:
-                results[index] = await call()
-            except MycelError as error:
-                results[index] = error
-
-        async with trio.open_nursery() as nursery:
-            for index, call in enumerate(calls):
-                nursery.start_soon(one, index, call)
-        return [results[index] for index in range(len(calls))]
-
-    # --- the end
-
     def dismiss_all(self) -> None:
         """Tell every stage that ever had the session to free it."""
-        self._dismiss(list(self.stages_opened))
-
-    def _dismiss(self, peers: Iterable[PeerId]) -> None:
-        for peer in list(peers):
-            del self.stages_opened[peer]
-            self._services.start_soon(self._close, peer)
-
-    async def _close(self, peer: PeerId) -> None:
-        with suppress(MycelError):
-            if not self._is_gone(peer):
-                name = SessionName(self.session.job.session)
-                await self._services.rpc.call(peer, CLOSE, name, deadline_s=CLOSE_S)
+        self._contact.dismiss()

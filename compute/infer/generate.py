@@ -16,7 +16,7 @@ import trio
 from trio import TaskStatus
 
 from mycel.compute.engine import ModelCard
-from mycel.compute.infer.drive import Services
+from mycel.compute.infer.contact import Services
 from mycel.compute.infer.generation import Generation
 from mycel.compute.infer.links import Links
 from mycel.compute.infer.messages import FILES, FilesName, Frame, NoticeFrame, TokenFrame

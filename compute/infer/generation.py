@@ -10,7 +10,8 @@ import msgspec
 import trio
 
 from mycel.compute.engine import ModelCard, Sampled
-from mycel.compute.infer.drive import Drive, Services
+from mycel.compute.infer.contact import Services
+from mycel.compute.infer.drive import Drive
 from mycel.compute.infer.messages import TokenFrame
 from mycel.compute.infer.owner import OwnerSession
 from mycel.compute.infer.request import (
