@@ -11,6 +11,7 @@ was allowed. A model is the same one only if its fingerprint is.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ EngineFactory = Callable[[], Engine]
 SETTLE_S = 0.5
 """How long a node waits after the board changed before it looks what the swarm needs: news come in bursts."""
 RETRY_S = 60.0
-"""Pause before a model that could not be taken is looked at again."""
+"""Pause before a model that could not be taken is tried again."""
 
 
 @dataclass(slots=True)
@@ -95,10 +96,14 @@ class Lender:
     async def serve(self, model: str, span: Span | None) -> Lent:
         """Load layers of `model` and lend them until the node ends.
 
-        Raises `FileNotFoundError`, `ModelUnsupported`, `EngineLost`, and what the stage service refuses.
+        `model` is a folder, a name in one of the config's folders, or a hub id. Raises `FileNotFoundError`,
+        `ModelUnsupported`, `EngineLost`, and what the stage service refuses.
         """
+        return await self._lend(model, self._place(model), span, None)
+
+    async def _lend(self, model: str, place: str, span: Span | None, fingerprint: str | None) -> Lent:
         spec = StageSpec(
-            model=str(self.find(model) or model),
+            model=place,
             span=span,
             dtype=self._config.dtype,
             device=self._config.device,
@@ -106,7 +111,9 @@ class Lender:
             threads=self._config.threads,
         )
         options = ServeOptions(
-            stages=self._config.stages or None, weight_bytes_max=self._config.memory_bytes or None
+            stages=self._config.stages or None,
+            weight_bytes_max=self._config.memory_bytes or None,
+            fingerprint=fingerprint,
         )
         lent = Lent(model, span)
         self._lent.append(lent)
@@ -121,10 +128,16 @@ class Lender:
         log.info("serving layers %d:%d of %s", lent.info.span.start, lent.info.span.end, model)
         return lent
 
-    def find(self, model: str) -> Path | None:
-        """The folder of a model on this machine: a path, or a name in one of the config's folders."""
-        places = [Path(model).expanduser(), *(Path(folder) / model for folder in self._config.models)]
-        for place in places:
+    def _place(self, model: str) -> str:
+        path = Path(model).expanduser()
+        return str((path.absolute() if path.is_dir() else self.find(model)) or model)
+
+    def find(self, name: str) -> Path | None:
+        """The model of that name in one of the config's folders. Others' names lead nowhere else."""
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name.split("/"):
+            return None
+        for folder in self._config.models:
+            place = Path(folder).expanduser() / name
             if (place / "config.json").is_file():
                 return place.absolute()
         return None
@@ -152,16 +165,19 @@ class Lender:
             log.info("%s is not on this machine; its layers are left to others", card.name)
             return
         try:
-            await self.serve(card.name, None)
+            await self._lend(card.name, str(folder or card.name), None, card.fingerprint)
         except (MycelError, FileNotFoundError, ModelUnsupported, EngineLost) as error:
             log.warning("no layers of %s are taken: %s", card.name, error)
 
     async def _wait_news(self) -> None:
-        known = [(status.card.fingerprint, status.holders) for status in self._generator.models()]
-        while True:
-            await trio.sleep(SETTLE_S)
-            if known != [(status.card.fingerprint, status.holders) for status in self._generator.models()]:
-                return
+        """Until other models are known or others hold them, or it is time to try again."""
+        known = self._known()
+        with trio.move_on_after(RETRY_S):
+            while known == self._known():  # noqa: ASYNC110 bursts of news are one
+                await trio.sleep(SETTLE_S)
+
+    def _known(self) -> list[tuple[str, object]]:
+        return [(status.card.fingerprint, status.holders) for status in self._generator.models()]
 
     def _on_engine(self, lent: Lent, event: EngineEvent) -> None:
         match event:

@@ -51,6 +51,8 @@ def families(node: Node) -> Iterator[Family]:
     sides = {"in": host.streams_inbound, "out": host.streams_outbound}
     yield _by("side", "mycel_streams_total", "Streams opened.", sides)
     yield _by("protocol", "mycel_handler_errors_total", "Handlers that raised.", host.handler_errors)
+    yield _by("method", "mycel_calls_total", "Calls let in.", node.rpc.calls)
+    yield _by("reason", "mycel_calls_refused_total", "Calls not let in.", node.rpc.refused)
     yield _counter("mycel_rows_computed_total", "Rows through this node's layers.", totals.rows_computed)
     yield _counter("mycel_rows_resent_total", "Rows sent from the log after a loss.", totals.rows_resent)
     yield _counter("mycel_rows_duplicate_total", "Rows that came twice.", totals.rows_duplicate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ def codec_of(message: Any) -> Codec[Any]:
 class Served:
     """A method with its handler."""
 
-    __slots__ = ("access", "handler", "method", "mode", "name", "request", "response")
+    __slots__ = ("access", "calls", "handler", "method", "mode", "name", "request", "response")
 
     def __init__(self, method: Method[Any, Any], handler: Callable[..., Any], mode: Mode) -> None:
         self.method = method
@@ -46,6 +47,7 @@ class Served:
         self.access = method.access
         self.handler = handler
         self.mode = mode
+        self.calls = 0
         self.request = codec_of(method.request)
         self.response = codec_of(method.response)
 
@@ -56,6 +58,8 @@ class CallBook:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._served: dict[bytes, Served] = {}
+        self.refused: Counter[str] = Counter()
+        """Calls that were not let in, by reason."""
 
     def add(self, method: Method[Any, Any], handler: Callable[..., Any], inline: bool) -> None:
         """Serve `method` from now on. Raises `LocalProtocolError` for a handler that does not fit it."""
@@ -73,16 +77,25 @@ class CallBook:
         served = self._served.get(name)
         if served is None:
             text = f"no method {name.decode(errors='replace')!r} here; is the other side of another version?"
+            self.refused["unknown-method"] += 1
             return Failure("refused", "unknown-method", text)
         if peer == self._mesh.peer_id:
+            served.calls += 1
             return served, Access.ADMIN
         info = self._mesh.peers.get(peer)
         access = Access.STRANGER if info is None else info.access
         if access < served.access:
             need, have = served.access.name.lower(), access.name.lower()
             text = f"{served.name} needs the role {need}, you have {have}; ask for a ticket with it"
+            self.refused["access"] += 1
             return Failure("refused", "access", text)
+        served.calls += 1
         return served, access
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Calls that were let in, by method."""
+        return {served.name: served.calls for served in self._served.values()}
 
 
 def plan_mode(method: Method[Any, Any], handler: Callable[..., Any], inline: bool) -> Mode:

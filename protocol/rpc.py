@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,16 @@ class Rpc:
         Raises `LocalProtocolError` for a name taken or a handler that is not of the method's kind.
         """
         self._server.shop.book.add(method, handler, inline)
+
+    @property
+    def calls(self) -> Mapping[str, int]:
+        """Calls that this node let in so far, by method."""
+        return self._server.shop.book.calls
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Calls that this node did not let in, by reason."""
+        return self._server.shop.book.refused
 
     async def call(
         self,

@@ -11,6 +11,7 @@ import trio
 
 from mycel.compute.engine import ModelUnsupported
 from mycel.compute.infer.request import GenerateRequest
+from mycel.compute.model.tiny import tiny_model
 from mycel.node.running import Node, NotFounder
 from mycel.node.views import TicketAsk
 from mycel.protocol.errors import AddressError
@@ -107,6 +108,33 @@ async def test_layers_are_taken_by_joining_nodes_where_the_model_is_found_by_nam
         assert [(view.start, view.end) for view in second.lender.views()] == [(2, 4)]
         assert await text_of(blind, byte_model.name)
         assert blind.lender.views() == []
+
+
+async def test_another_model_of_the_same_name_is_not_taken_for_it(
+    make_node: NodeMaker,
+    ticket_of: TicketOf,
+    wait_until: WaitUntil,
+    byte_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = tiny_model(tmp_path / "others" / byte_model.name, seed=4, vocab_size=300)
+    async with make_node("a") as first:
+        await first.serve(str(byte_model), (0, 2))
+        settings = {"assign": True, "models": str(other.parent)}
+        async with make_node("b", ticket=ticket_of(first), **settings) as second:
+            await wait_until(lambda: "is another model" in caplog.text)
+            assert second.lender.views() == []
+            assert len(first.models()) == 1
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/tiny", "a/b/c", "", "..", "x/.."])
+async def test_names_of_models_lead_nowhere_but_into_the_folders(
+    make_node: NodeMaker, byte_model: Path, name: str
+) -> None:
+    async with make_node("a", models=str(byte_model.parent)) as node:
+        assert node.lender.find(name) is None
+        assert node.lender.find("tiny") == byte_model
 
 
 async def test_a_node_serves_what_its_config_names(

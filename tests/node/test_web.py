@@ -268,6 +268,7 @@ async def test_metrics_count_what_happened(
             text = (await client.get(f"{base_of(node)}/metrics")).text
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert values['mycel_peers{role="member"}'] == "1"
+        assert int(values['mycel_calls_total{method="mesh.peers"}']) >= 1
         assert values["mycel_tokens_total"] == "7"
         assert values["mycel_generations_total"] == "1"
         assert int(values["mycel_rows_computed_total"]) == 2 + 6
