@@ -30,7 +30,8 @@ __all__ = ["ApiServices", "create_app"]
 
 def create_app(services: ApiServices) -> FastAPI:
     """The application; mount it at the root."""
-    app = FastAPI(title="Mycel", description="Models served by a swarm, by OpenAI's API.", version="1")
+    # No documentation pages: they would make the browser fetch scripts from other hosts.
+    app = FastAPI(title="Mycel", version="1", docs_url=None, redoc_url=None)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ApiError, _on_error)

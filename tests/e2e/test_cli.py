@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from multiaddr import Multiaddr
 
 from mycel.cli import COMMANDS, cli
+from mycel.commands.common import print_table
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.identity import SigningKey
 from mycel.protocol.mesh import Access
@@ -120,6 +121,9 @@ def test_one_node_per_home(machine: MachineOf) -> None:
     home = machine("a")
     home.start("up", "--no-assign")
     assert "running" in home.run("up", "--preset", "local", rc=1).stderr
+    port = home.json("status")["api"].split(":")[2].removesuffix("/v1")
+    taken = machine("b").run("up", "--preset", "local", "--api", f"127.0.0.1:{port}", rc=2)
+    assert f"api = '127.0.0.1:{port}' cannot be bound" in taken.stderr
     assert home.json("status")["founder"] is True
     home.run("down")
     assert home.process is not None
@@ -159,6 +163,13 @@ def test_config_shows_what_a_home_would_use(machine: MachineOf, tmp_path: Path) 
     assert shown["label"] == "anna"
     assert shown["api_token"] == "(set)"
     assert "secret" not in home.run("config").stdout
+
+
+def test_what_others_worded_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("name",), [("\x1b[2Jevil[bold]",)])
+    shown = capsys.readouterr().out
+    assert "?[2Jevil[bold]" in shown
+    assert "\x1b[2J" not in shown
 
 
 def test_usage_problems_are_one_family() -> None:

@@ -50,12 +50,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table for people."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 200
     Console(highlight=False, width=width).print(table)
+
+
+def printable(text: str) -> str:
+    """`text`, which another peer may have worded, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def seconds(count: float) -> str:

@@ -15,6 +15,7 @@ from mycel.commands.common import (
     json_option,
     print_json,
     print_table,
+    printable,
     seconds,
 )
 
@@ -71,7 +72,7 @@ def status(home: Path | None, as_json: bool) -> None:
         rows += _stage_rows(stage)
     rows += [("trouble", f"{one['peer']}: {one['why']}") for one in told["trouble"]]
     for what, text in rows:
-        click.echo(click.style(f"{what:>8}", fg="cyan") + f"  {text}")
+        click.echo(click.style(f"{what:>8}", fg="cyan") + f"  {printable(text)}")
 
 
 def _stage_rows(stage: dict[str, Any]) -> list[tuple[str, str]]:

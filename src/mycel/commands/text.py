@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mycel.commands.common import client_of, home_option, json_option, print_json
+from mycel.commands.common import client_of, home_option, json_option, print_json, printable
 from mycel.node.client import ControlError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,4 +128,4 @@ def _print_report(told: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    click.echo(click.style(text, dim=True), err=True)
+    click.echo(click.style(printable(text), dim=True), err=True)
