@@ -1,0 +1,75 @@
+"""Many connections one after the other, on real sockets: nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import psutil
+import pytest
+import trio
+
+from mycel.node.host import Host
+from mycel.node.tcp import TcpNetwork
+from mycel.protocol.keys import OwnKey
+from mycel.protocol.mesh import Access
+
+CONNECTIONS = int(os.environ.get("MYCEL_TEST_CONNECTIONS", "10000"))
+"""How many; a slow machine may be asked for fewer."""
+
+
+async def settled(hosts, seconds=15.0):
+    """Return once no host has a connection or stream."""
+    with trio.fail_after(seconds):
+        while any(host.connections or host.streams for host in hosts):  # noqa: ASYNC110
+            await trio.sleep(0.05)
+
+
+def resources():
+    gc.collect()
+    process = psutil.Process()
+    return trio.lowlevel.current_statistics().tasks_living, process.num_fds(), process.memory_info().rss
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_ten_thousand_connections_in_sequence_leave_nothing_behind():
+    network = TcpNetwork()
+    served = 0
+
+    async def serve(stream):
+        nonlocal served
+        await stream.send(await stream.receive_exactly(5), end=True)
+        served += 1
+
+    near = Host(network, OwnKey(b"\x61" * 32), default_access=Access.MEMBER)
+    far = Host(
+        network, OwnKey(b"\x62" * 32), listen=["/ip4/127.0.0.1/tcp/0"], default_access=Access.MEMBER
+    )
+    far.serve_stream("/once", serve)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(near.run)
+        await nursery.start(far.run)
+        addrs = far.listen_addrs
+        # The caches of interpreter and libraries fill first; what grows after that is a leak.
+        before = resources()
+        for number in range(CONNECTIONS):
+            peer = await near.connect(addrs)
+            if number % 10 == 0:
+                stream = await near.open_stream(peer, "/once")
+                await stream.send(b"hello", end=True)
+                assert await stream.receive_exactly(5) == b"hello"
+            near.disconnect(peer, "next")
+            if number == 500:
+                await settled([near, far])
+                before = resources()
+        await settled([near, far])
+        after = resources()
+        assert near.counters.opened == CONNECTIONS
+        assert served == len(range(0, CONNECTIONS, 10))
+        assert not near.peers
+        assert not far.peers
+        assert after[0] <= before[0]
+        assert after[1] <= before[1]
+        assert after[2] - before[2] < 16 << 20
+        nursery.cancel_scope.cancel()
