@@ -32,6 +32,9 @@ BOARD_PROTOCOL = "/mycel/board/1"
 RETRY_S = 2.0
 """Before telling a peer again that ended the stream: it may not have settled our membership yet."""
 
+REOPEN_S = 0.05
+"""Before telling a peer again whose connection ended: it may have another one. If not, it is down by then."""
+
 _STATEMENT_BYTES_MAX = VALUE_BYTES_MAX + 4 * KEY_CHARS_MAX + 32
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Statement)
@@ -128,14 +131,19 @@ class PushBoard:
 
     async def _push(self, peer: PeerId, scope: trio.CancelScope) -> None:
         """Tell `peer` everything, then every change; begin again when it ends the stream but stays."""
-        with scope, contextlib.suppress(ConnectionLost):
+        with scope:
             while True:
                 outbox = self._outboxes[peer] = _Changes("")
                 for statement in self._facts.of(self._mesh.peer_id):
                     outbox.put(Fact(self._mesh.peer_id, statement.key, statement.value))
-                with contextlib.suppress(StreamReset, Refused, RemoteProtocolError):
+                wait = RETRY_S
+                try:
                     await self._push_from(outbox, await self._mesh.open_stream(peer, BOARD_PROTOCOL))
-                await trio.sleep(RETRY_S)
+                except ConnectionLost:
+                    wait = REOPEN_S
+                except (StreamReset, Refused, RemoteProtocolError):
+                    pass
+                await trio.sleep(wait)
 
     async def _push_from(self, outbox: _Changes, stream: Stream) -> None:
         stream.deliver_to(lambda data, error: None if data is not None else outbox.end(error))

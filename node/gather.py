@@ -30,6 +30,8 @@ from mycel.protocol.rpc import Rpc
 
 log = logging.getLogger("mycel.node")
 
+FIRST_ASKS_S = (0.0, 1.0, 4.0)
+"""After a member came up: again soon, for whoever joined together with it is known to it a moment later."""
 ASK_S = 15.0
 """Between two questions to one member in turn."""
 ASK_DEADLINE_S = 5.0
@@ -122,7 +124,7 @@ class Gather:
             self._contacts.learn(event.peer, (), trio.current_time())
             self._contacts.on_up(event.peer)
             self.joined.set()
-            nursery.start_soon(self._ask, event.peer)
+            nursery.start_soon(self._ask_first, event.peer)
 
     async def _dial(self, nursery: trio.Nursery) -> None:
         while True:
@@ -150,6 +152,13 @@ class Gather:
                 self.refused = error
                 self.joined.set()
         self._wake()
+
+    async def _ask_first(self, peer: PeerId) -> None:
+        began = trio.current_time()
+        for after in FIRST_ASKS_S:
+            await trio.sleep_until(began + after)
+            if peer in self._mesh.peers:
+                await self._ask(peer)
 
     async def _ask_in_turn(self) -> None:
         turn = 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from ipaddress import ip_address
 
 import trio
 from multiaddr import Multiaddr
@@ -99,7 +100,11 @@ class Host:
 
     @property
     def listen_addrs(self) -> Sequence[Multiaddr]:
-        """See `Mesh.listen_addrs`. A wildcard address stands for every address of this machine."""
+        """See `Mesh.listen_addrs`.
+
+        A wildcard address stands for every address of this machine that others can dial; loopback is among
+        them only where there is no other.
+        """
         return [Multiaddr(f"{addr}/p2p/{self.peer_id}") for addr in self.bound_addrs]
 
     @property
@@ -110,7 +115,8 @@ class Host:
             end = endpoint_of(listener.addr)
             hosts: Sequence[str] = [end.host]
             if end.host in ("0.0.0.0", "::"):
-                hosts = [ip for ip in self._network.local_ips() if (":" in ip) == (":" in end.host)]
+                local = [ip for ip in self._network.local_ips() if (":" in ip) == (":" in end.host)]
+                hosts = [ip for ip in local if not ip_address(ip).is_loopback] or local
             addrs.extend(tcp_addr(host, end.port) for host in hosts)
         return addrs
 
@@ -316,13 +322,11 @@ class Host:
 
     async def open_stream(self, peer: PeerId, protocol: str) -> HostStream:
         """See `Mesh.open_stream`."""
-        link = self._roster.primary(peer)
-        while link.draining:
-            # Both sides gave up this link for another one, which may still be in its handshake here.
+        while (link := self._roster.primary(peer)).draining or not await link.has_slot():
+            # That link is given up for another one, which may still be in its handshake here.
             with trio.move_on_after(self.limits.handshake_s) as patience:
                 await self._roster.changed.park()
-            link = self._roster.primary(peer)
-            if patience.cancelled_caught and link.draining:
+            if patience.cancelled_caught:
                 raise ConnectionLost(f"{peer} is closing its connection", reason="closed")
         stream = await link.open_stream(protocol)
         self.counters.streams_outbound += 1

@@ -9,6 +9,7 @@ sender never leaves half a frame behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -77,6 +78,9 @@ class Link:
         self.failure: Exception | None = None
         """What this side saw go wrong, where the connection did not just end."""
         self.draining = False
+        self.superseded = False
+        """Whether another link to the same peer took over."""
+        self._drained_by = math.inf
         self.farewell: tuple[str, str] | None = None
         """Reason and text that the peer gave before it closed."""
 
@@ -220,14 +224,23 @@ class Link:
 
     # Streams
 
-    async def open_stream(self, protocol: str) -> HostStream:
-        """A stream; waits for a free slot. Raises `ConnectionLost`."""
+    async def has_slot(self) -> bool:
+        """Park until a stream can be opened: True; False where the link is drained meanwhile.
+
+        Raises `ConnectionLost`.
+        """
         while not (self.is_open and self._connection.session.can_open):
             if self.lost is not None:
                 raise self.lost
             if self.draining:
-                raise ConnectionLost(f"the connection to {self.peer} is closing", reason="closed")
+                return False
             await self._slots.park()
+        return True
+
+    async def open_stream(self, protocol: str) -> HostStream:
+        """A stream; waits for a free slot. Raises `ConnectionLost`."""
+        if not await self.has_slot():
+            raise ConnectionLost(f"the connection to {self.peer} is closing", reason="closed")
         return HostStream(self, self._connection.session.open(), self.peer, protocol)
 
     def try_open_stream(self, protocol: str) -> HostStream | None:
@@ -333,19 +346,22 @@ class Link:
                 raise self.failure or self.lost
             await self._changed.park()
 
-    def drain(self) -> None:
-        """Open no more streams here; once the peer agrees and none are left, close."""
+    def drain(self, by: float = math.inf) -> None:
+        """Open no more streams here; close once the peer agrees and none are left, or at the time `by`."""
         self.draining = True
+        self._drained_by = min(self._drained_by, by)
+        self._slots.unpark_all()
         if self.is_open:
             self._connection.session.go_away(yamux.NORMAL)
             self.flush()
 
     def close_if_drained(self) -> None:
-        """Close where both sides said that they open no more streams, and none is left."""
+        """Close where both sides said that they open no more streams, and none is left or it took too long."""
         if self.is_open and self.draining:
             session = self._connection.session
-            if session.go_away_sent and session.go_away_received and not session.channels:
-                self.end(*(self.farewell or ("superseded", "another connection to this peer took over")))
+            agreed = session.go_away_sent and session.go_away_received
+            if (agreed and not session.channels) or trio.current_time() >= self._drained_by:
+                self._on_eof()
 
     def end(self, reason: str, text: str) -> None:
         """End the connection now; streams and waiters see `ConnectionLost`. Once is enough."""
@@ -384,7 +400,7 @@ class Link:
             self.end(*self.farewell)
         elif broken is not None:
             self.end("reset", broken)
-        elif self.draining:
+        elif self.superseded:
             self.end("superseded", "another connection to this peer took over")
         else:
             self.end("closed", "the peer closed it")

@@ -3,7 +3,8 @@
 Two nodes that dial each other at the same time get two connections; both must give up the same one. Of
 links in different directions made at about the same time the one dialed by the smaller peer id stays; of
 others the newest stays, for a peer that dials again has lost the old one. The loser is drained, not cut:
-each side says go-away, serves what is open, and closes once both said so and no stream is left.
+each side says go-away, serves what is open, and closes once both said so and no stream is left, or when
+`Limits.drain_s` is over: long-lived streams see `ConnectionLost` then and are opened anew on the other link.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ class Peering:
         """Whether others were told of this peer."""
 
     def add(self, link: Link) -> None:
-        """A link to the peer opened; all but one are drained."""
+        """A link to the peer opened; all but one are drained, within bounds."""
         self.links.append(link)
         keep = self.links[choose(self.links, self._own, self.peer)]
         for other in self.links:
-            if other is not keep and not other.draining:
-                other.drain()
+            if other is not keep and not other.superseded:
+                other.superseded = True
+                other.drain(link.since + link.limits.drain_s)
 
     @property
     def primary(self) -> Link:

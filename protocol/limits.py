@@ -34,6 +34,9 @@ class Limits:
     silence_s: float = 2.0
     """...and is dead when nothing at all arrived for this long after a ping (notice in under 3 s)."""
 
+    drain_s: float = 10.0
+    """How long streams may go on over a connection that another one to the same peer replaced."""
+
     connections: int = 1024
     """Connections at once; each costs about 100 kB and two file descriptors at most."""
 

@@ -19,6 +19,7 @@ from mycel.compute.engine import Sampling
 from mycel.compute.infer.generation import Generation
 from mycel.compute.infer.request import GenerateRequest, ModelStatus, Report
 from mycel.compute.inline import InlineEngine
+from mycel.protocol.limits import DEFAULT_LIMITS
 from mycel.simnet.check import InvariantBroken
 from mycel.simnet.internet import InternetOptions, internet
 from mycel.simnet.link import GIGABIT, LinkOptions
@@ -67,8 +68,6 @@ class DieoffReport:
     undisturbed_gap_s: float
     settled_s: float
     """From the deaths until every survivor knew just the survivors."""
-    surplus_connections: int
-    """Beyond one per pair of survivors, at that moment: dials, and losers of simultaneous ones that drain."""
     virtual_s: float
     events: dict[str, int]
     trace_hash: str
@@ -110,7 +109,6 @@ async def dieoff(options: DieoffOptions) -> DieoffReport:
             longest_gap_s=report.longest_gap_s,
             undisturbed_gap_s=calm_report.longest_gap_s,
             settled_s=settled_s,
-            surplus_connections=run.surplus_connections,
             virtual_s=trio.current_time(),
             events=dict(sorted(net.trace.counts.items())),
             trace_hash=net.trace.hash,
@@ -129,7 +127,6 @@ class _Run:
         self.holders = 0
         self.dead: list[SimNode] = []
         self.stages_died = 0
-        self.surplus_connections = 0
         self._struck_at = 0.0
 
     @property
@@ -218,16 +215,20 @@ class _Run:
         )
 
     async def settle(self) -> float:
-        """Wait until every survivor knows just the other survivors; returns how long it took."""
+        """Wait until every survivor knows just the other survivors; returns how long it took.
+
+        Then one connection for each pair must be left, once those of simultaneous dials are drained.
+        """
         alive = self._swarm.alive
         if len(alive) != self._options.nodes - self._options.deaths:
             raise InvariantBroken(f"{len(alive)} of {self._options.nodes} nodes live on")
         peers = {node.peer for node in alive}
         with trio.fail_after(self._options.settle_s_max):
             await _until(lambda: all({node.peer, *node.node.host.peers} == peers for node in alive))
-        surplus = sum(node.node.host.connections for node in alive) - len(alive) * (len(alive) - 1)
-        self.surplus_connections = surplus // 2
-        return trio.current_time() - self._struck_at
+        settled_s = trio.current_time() - self._struck_at
+        with trio.fail_after(2 * DEFAULT_LIMITS.drain_s):
+            await _until(lambda: all(node.node.host.connections == len(alive) - 1 for node in alive))
+        return settled_s
 
 
 async def _until(holds: Callable[[], bool]) -> None:

@@ -106,6 +106,42 @@ def test_simultaneous_dials_leave_one_connection_and_lose_no_stream(play, seed):
     play(scenario, seed=seed)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_stream_that_never_ends_does_not_keep_a_second_connection(play, seed):
+    async def scenario(world):
+        rng = world.net.rng
+        a, b = await world.host("a"), await world.host("b")
+        losses = []
+
+        async def hold(stream):
+            while await stream.receive_some():
+                pass
+
+        async def meet(host, other, delay):
+            await trio.sleep(delay)
+            peer = await host.connect(other.listen_addrs)
+            while True:
+                stream = await host.open_stream(peer, "/hold")
+                try:
+                    await stream.send(b"there")
+                    await stream.receive_some()
+                except ConnectionLost as error:
+                    losses.append(error.reason)
+
+        for host in (a, b):
+            host.serve_stream("/hold", hold)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(meet, a, b, 0)
+            nursery.start_soon(meet, b, a, rng.random() * 0.003)
+            await trio.sleep(a.limits.drain_s + 5)
+            assert a.connections == b.connections == 1
+            assert a.streams >= 2  # both hold theirs, over the connection that stayed
+            assert set(losses) <= {"superseded"}
+            nursery.cancel_scope.cancel()
+
+    play(scenario, seed=seed)
+
+
 def test_simultaneous_dials_are_told_as_one_peer_coming_up(play):
     async def scenario(world):
         a, b = await world.host("a"), await world.host("b")
