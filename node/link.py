@@ -20,7 +20,7 @@ from mycel.node.gate import Arrival, Gate, Service
 from mycel.node.keepalive import Keepalive, Verdict
 from mycel.node.owner import Owner
 from mycel.node.stream import HostStream
-from mycel.protocol import multistream, yamux
+from mycel.protocol import yamux
 from mycel.protocol.channel import Channel
 from mycel.protocol.connection import Connection, Stage
 from mycel.protocol.errors import (
@@ -356,7 +356,7 @@ class Link:
             self.flush()
 
     def close_if_drained(self) -> None:
-        """Close where both sides said that they open no more streams, and none is left or it took too long."""
+        """Close where both sides open no more streams and none is left, or when it took too long."""
         if self.is_open and self.draining:
             session = self._connection.session
             agreed = session.go_away_sent and session.go_away_received
@@ -370,7 +370,8 @@ class Link:
         code = _CODES.get(reason, yamux.NORMAL)
         if self.is_open and reason not in ("silent", "reset"):
             self._corked = False
-            self._say_farewell(reason, text)
+            if self.farewell is None and reason != "superseded":
+                introduce.say_farewell(self._connection.session, reason, text)
             self._connection.session.go_away(code)
             self.flush()
         if self.lost is not None:
@@ -386,14 +387,6 @@ class Link:
         self._slots.unpark_all()
         self._changed.unpark_all()
         self._owner.on_lost(self)
-
-    def _say_farewell(self, reason: str, text: str) -> None:
-        session = self._connection.session
-        if self.farewell is None and reason != "superseded" and session.can_open:
-            channel = session.open()
-            channel.prefix = multistream.proposal(introduce.FAREWELL)
-            channel.try_send(f"{reason}\n{text}".encode()[: introduce.FAREWELL_BYTES_MAX])
-            channel.finish()
 
     def _on_eof(self, broken: str | None = None) -> None:
         if self.farewell is not None:

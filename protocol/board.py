@@ -32,7 +32,7 @@ class Board(Protocol):
         """Take back this node's fact under `key`; nothing happens where there is none."""
 
     def facts(self, prefix: str) -> Sequence[Fact]:
-        """All known facts, this node's own included, whose key starts with `prefix`, ordered by (key, author)."""
+        """Facts whose key starts with `prefix`, this node's own included, ordered by (key, author)."""
 
     def watch(self, prefix: str) -> AbstractAsyncContextManager[AsyncIterator[Fact]]:
         """Changes under `prefix` from the moment of entering, withdrawals included."""
