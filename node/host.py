@@ -15,12 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from ipaddress import ip_address
 
 import trio
 from multiaddr import Multiaddr
 
 from mycel.node import introduce
+from mycel.node.addresses import dialable
 from mycel.node.admission import Admission
 from mycel.node.counters import Counters
 from mycel.node.dialer import Race
@@ -32,7 +32,7 @@ from mycel.node.roster import Roster
 from mycel.node.settle import Membership, Settling
 from mycel.node.stream import HostStream
 from mycel.protocol import noise, yamux
-from mycel.protocol.address import endpoint_of, tcp_addr
+from mycel.protocol.address import endpoint_of
 from mycel.protocol.connection import Setup
 from mycel.protocol.errors import (
     ConnectionLost,
@@ -110,15 +110,7 @@ class Host:
     @property
     def bound_addrs(self) -> Sequence[Multiaddr]:
         """`listen_addrs` without the peer id."""
-        addrs: list[Multiaddr] = []
-        for listener in self._listeners:
-            end = endpoint_of(listener.addr)
-            hosts: Sequence[str] = [end.host]
-            if end.host in ("0.0.0.0", "::"):
-                local = [ip for ip in self._network.local_ips() if (":" in ip) == (":" in end.host)]
-                hosts = [ip for ip in local if not ip_address(ip).is_loopback] or local
-            addrs.extend(tcp_addr(host, end.port) for host in hosts)
-        return addrs
+        return dialable([listener.addr for listener in self._listeners], self._network.local_ips())
 
     @property
     def observed_addrs(self) -> Mapping[PeerId, Multiaddr]:

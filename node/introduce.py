@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import trio
 
-from mycel.protocol import identify, varint
+from mycel.protocol import identify, multistream, varint
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.identify import Identity
 from mycel.protocol.keys import PublicKey
 from mycel.protocol.mesh import Stream
+from mycel.protocol.session import Session
 
 PING = "/ipfs/ping/1.0.0"
 PING_BYTES = 32
@@ -57,6 +58,14 @@ async def read_identity(stream: Stream, sender: PublicKey) -> Identity:
         held += piece
     await stream.aclose()
     return identify.read(cut[0], sender)
+
+
+def say_farewell(session: Session, reason: str, text: str) -> None:
+    """Queue a farewell, where a stream for it can be opened."""
+    if session.can_open:
+        channel = session.open()
+        channel.prefix = multistream.proposal(FAREWELL)
+        channel.try_send(f"{reason}\n{text}".encode()[:FAREWELL_BYTES_MAX], end=True)
 
 
 def read_farewell(raw: bytes) -> tuple[str, str]:

@@ -376,7 +376,8 @@ class Link:
             self.flush()
         if self.lost is not None:
             return
-        self.lost = ConnectionLost(f"connection to {self._name()} lost: {text}", reason=reason)
+        name = self.key.peer_id if self.key is not None else "a peer in handshake"
+        self.lost = ConnectionLost(f"connection to {name} at {self.remote} lost: {text}", reason=reason)
         self._connection.lose(self.lost)
         if reason in ("silent", "reset"):
             self._pipe.reset()
@@ -397,6 +398,3 @@ class Link:
             self.end("superseded", "another connection to this peer took over")
         else:
             self.end("closed", "the peer closed it")
-
-    def _name(self) -> str:
-        return f"{self.key.peer_id if self.key is not None else 'a peer in handshake'} at {self._pipe.remote}"
