@@ -1,4 +1,4 @@
-"""Dialing: deadlines, several addresses, the wrong peer, and what is left when a dial fails or is given up."""
+"""Dialing: deadlines, several addresses, the wrong peer, and what is left when a dial fails or is ended."""
 
 from __future__ import annotations
 
