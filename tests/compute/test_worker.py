@@ -67,13 +67,15 @@ async def kill_soon(pid: int) -> None:
 
 
 async def test_out_of_memory_is_a_lost_engine_that_says_so(tmp_path: Path) -> None:
-    path = tiny_llama(tmp_path / "wide", hidden_size=256, max_position_embeddings=60_000)
+    shape = {"hidden_size": 64, "num_key_value_heads": 1, "intermediate_size": 16_384}
+    path = tiny_llama(tmp_path / "wide", max_position_embeddings=20_000, **shape)
     limit = 64 << 30
     async with fresh_worker(memory_bytes_max=limit) as worker:
         await worker.load(spec(path))
         assert resource.prlimit(worker.pid, resource.RLIMIT_DATA) == (limit, limit)
         held = data_bytes(worker.pid)
-        resource.prlimit(worker.pid, resource.RLIMIT_DATA, (held + (16 << 20), limit))
+        # Room for the session's cache (a few MiB), not for a forward's activations (over a GiB).
+        resource.prlimit(worker.pid, resource.RLIMIT_DATA, (held + (128 << 20), limit))
         heard: list[str] = []
 
         async def hear() -> None:
@@ -82,7 +84,7 @@ async def test_out_of_memory_is_a_lost_engine_that_says_so(tmp_path: Path) -> No
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hear)
             with pytest.raises(EngineLost, match="out of memory in step"):
-                await worker.step([Work("big", ALL, 0, tokens=(1,) * 50_000, sampling=Sampling())])
+                await worker.step([Work("big", ALL, 0, tokens=(1,) * 20_000, sampling=Sampling())])
         assert "out of memory in step" in heard[0], "the worker's own reason, whoever hears of it first"
 
 
