@@ -106,12 +106,6 @@ class Contacts:
         wait = self._redial_max_s if refused else self._redial_s * 2.0 ** min(contact.failures - 1, 32)
         contact.due_s = now + min(wait, self._redial_max_s) * (0.75 + 0.5 * spread)
 
-    def forget(self, peer: PeerId) -> None:
-        """Dial `peer` no more (it said that it leaves), until somebody tells of it again."""
-        contact = self._table.get(peer)
-        if contact is not None and not contact.lasting:
-            del self._table[peer]
-
     def told(self) -> Sequence[Contact]:
         """Contacts worth telling others and remembering: those connected, ordered by peer id."""
         return sorted((one for one in self._table.values() if one.is_connected), key=lambda one: one.peer)

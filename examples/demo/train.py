@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mycel.compute.model.quiet import quiet_transformers
 from mycel.compute.tokenizer import byte_level_tokenizer_files
 
 END = 256
@@ -39,12 +39,15 @@ class Training:
     hidden: int = 128
     heads: int = 4
     intermediate: int = 352
-    context: int = 192
+    context: int = 128
     """Bytes that the model was trained to look back on."""
-    batch: int = 16
-    steps: int = 640
-    learning_rate: float = 4e-3
-    warmup_steps: int = 50
+    batch: int = 12
+    steps: int = 420
+    matrix_rate: float = 0.02
+    """Learning rate of the layers' matrices, by Muon: half the steps that AdamW needs for the same loss."""
+    other_rate: float = 4e-3
+    """Of the embedding and the norms, by AdamW."""
+    warmup_steps: int = 20
     seed: int = 20261121
 
     def key(self) -> str:
@@ -65,8 +68,8 @@ def trained_model(training: Training, cache: Path, progress: Progress) -> tuple[
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     model, loss = train(training, corpus(), progress)
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     for name, content in byte_level_tokenizer_files().items():
         (folder / name).write_bytes(content)
     (folder / "done").write_text(f"loss {loss:.3f}\n", "utf-8")
@@ -105,24 +108,35 @@ def train(training: Training, text: torch.Tensor, progress: Progress) -> tuple[L
             eos_token_id=END,
         )
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizers = _optimizers(training, model)
     losses: list[float] = []
     for step in range(training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * schedule(training, step)
+        for optimizer, rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(training, step)
+            optimizer.zero_grad(set_to_none=True)
         starts = torch.randint(len(text) - training.context, (training.batch,)).tolist()
         rows = torch.stack([text[start : start + training.context] for start in starts]).long()
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         recent = losses[-50:]
         progress(step + 1, training.steps, sum(recent) / len(recent))
-    return model.eval(), sum(losses[-50:]) / len(losses[-50:])
+    return model, sum(losses[-50:]) / len(losses[-50:])
+
+
+def _optimizers(
+    training: Training, model: LlamaForCausalLM
+) -> tuple[tuple[torch.optim.Optimizer, float], tuple[torch.optim.Optimizer, float]]:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest, each with its top rate."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.dim() == 2 and "embed" not in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01)
+    return (muon, training.matrix_rate), (torch.optim.AdamW(others, betas=(0.9, 0.95)), training.other_rate)
 
 
 def schedule(training: Training, step: int) -> float:
