@@ -23,8 +23,8 @@ setup:  ## make or refresh .venv (the others do this by themselves)
 demo: setup  ## train a small model, split it over four daemons, kill one in mid-sentence
 	@$(RUN) examples/demo $(ARGS)
 
-test: setup  ## the whole test suite (ARGS="tests/protocol -k ticket" for a part of it)
-	@$(RUN) -m pytest $(if $(ARGS),$(ARGS),tests)
+test: setup  ## the whole test suite on two processes (ARGS="tests/protocol -k ticket" for a part, on one)
+	@$(RUN) -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile tests)
 
 check: setup  ## ruff, formatting, strict types, and the rules of the house
 	$(RUN) -m ruff check .
