@@ -74,9 +74,12 @@ class Client:
                 raise self._not_running() from None
             except (OSError, http.client.HTTPException) as error:
                 raise ControlError(f"the node at {where['url']} does not answer: {error}") from None
-            if answer.status != 200:
-                raise ControlError(_problem(answer))
-            yield answer
+            try:
+                if answer.status != 200:
+                    raise ControlError(_problem(answer))
+                yield answer
+            except (OSError, http.client.HTTPException) as error:
+                raise ControlError(f"the node at {where['url']} ended while it answered: {error}") from None
 
     def _not_running(self) -> NotRunning:
         return NotRunning(

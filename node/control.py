@@ -54,7 +54,6 @@ class Control:
             ("GET", "/control/reports"): self._reports,
             ("POST", "/control/ticket"): self._ticket,
             ("POST", "/control/serve"): self._serve,
-            ("POST", "/control/stop"): self._stop,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +63,10 @@ class Control:
             body = await read_body(receive)
             if (method, path) == ("POST", "/control/generate"):
                 await self._generate(_decode(body, GenerateAsk), receive, send)
+                return
+            if (method, path) == ("POST", "/control/stop"):
+                await send_json(send, 200, {})  # before there is nobody left to say it
+                self._on_stop()
                 return
             route = self._routes.get((method, path))
             if route is None:
@@ -96,10 +99,6 @@ class Control:
     async def _serve(self, body: bytes) -> object:
         ask = _decode(body, ServeAsk)
         return await self._node.serve(ask.model, ask.layers)
-
-    async def _stop(self, body: bytes) -> object:
-        self._on_stop()
-        return {}
 
     async def _generate(self, ask: GenerateAsk, receive: Receive, send: Send) -> None:
         """Lines of `GenerateEvent` until done or the client is gone."""
