@@ -84,14 +84,31 @@ class Links:
         """Send, queue, or deliver if `peer` is this node. Never blocks; losses are told to the receivers."""
         if peer == self.mesh.peer_id:
             self.deliver(peer, frame)
-            return
+        else:
+            self._send_bytes(peer, encode_frame(frame))
+
+    def _send_bytes(self, peer: PeerId, data: bytes) -> None:
         link = self._links.get(peer)
         if link is None:
             if self._nursery is None:
                 return
             link = self._links[peer] = _Link(self, peer)
             self._nursery.start_soon(link.run)
-        link.send(encode_frame(frame))
+        link.send(data)
+
+    def send_all(self, frames: Sequence[tuple[PeerId, Frame]]) -> None:
+        """Send several at once, in order, those for one peer in one piece.
+
+        So the sessions that shared a step arrive together, and share the next one too.
+        """
+        pieces: dict[PeerId, list[bytes]] = {}
+        for peer, frame in frames:
+            if peer == self.mesh.peer_id:
+                self.deliver(peer, frame)
+            else:
+                pieces.setdefault(peer, []).append(encode_frame(frame))
+        for peer, encoded in pieces.items():
+            self._send_bytes(peer, b"".join(encoded))
 
     def waiting(self, peer: PeerId) -> int:
         """Bytes that wait for the window of `peer`."""

@@ -112,8 +112,10 @@ class Stage:
 
     def send(self, sends: list[Send]) -> None:
         """Hand frames to the network."""
-        for send in sends:
-            self._links.send(send.peer, send.frame)
+        if len(sends) == 1:
+            self._links.send(*sends[0])
+        else:
+            self._links.send_all(sends)
 
     @property
     def congested(self) -> bool:
@@ -153,8 +155,10 @@ class Stage:
         began = trio.current_time()
         dones = await self.engine.step(works)
         now = trio.current_time()
+        sends: list[Send] = []
         for session, work, count, done in zip(chosen, works, counts, dones, strict=True):
-            self.send(session.on_done(work, count, done, now))
+            sends += session.on_done(work, count, done, now)
+        self.send(sends)
         self._measure(now - began, max(work.span.end - work.span.start for work in works))
         self._links.relieve()
 

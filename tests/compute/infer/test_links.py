@@ -77,6 +77,22 @@ async def test_frames_arrive_in_order_over_one_stream(autojump_clock: trio.testi
         assert {peer for peer, _ in other.frames} == {a.peer_id}
 
 
+async def test_frames_of_one_step_arrive_together(autojump_clock: trio.testing.MockClock) -> None:
+    async with pair() as (_, (a, links, one), (b, _, other)):
+        links.send(b.peer_id, numbered(0))
+        await trio.sleep(1)
+        pieces: list[int] = []
+        count = len(other.frames)
+        links.send_all([(b.peer_id, numbered(1)), (a.peer_id, numbered(2)), (b.peer_id, numbered(3))])
+        assert one.numbers == [2]
+        while other.numbers != [0, 1, 3]:
+            await trio.sleep(0.001)
+            if len(other.frames) != count:
+                pieces.append(len(other.frames) - count)
+                count = len(other.frames)
+        assert pieces == [2]
+
+
 async def test_a_frame_for_oneself_is_delivered_at_once(autojump_clock: trio.testing.MockClock) -> None:
     async with pair() as (_, (a, links, one), _):
         links.send(a.peer_id, numbered(7))
