@@ -43,9 +43,7 @@ async def test_ten_thousand_connections_in_sequence_leave_nothing_behind():
         served += 1
 
     near = Host(network, OwnKey(b"\x61" * 32), default_access=Access.MEMBER)
-    far = Host(
-        network, OwnKey(b"\x62" * 32), listen=["/ip4/127.0.0.1/tcp/0"], default_access=Access.MEMBER
-    )
+    far = Host(network, OwnKey(b"\x62" * 32), listen=["/ip4/127.0.0.1/tcp/0"], default_access=Access.MEMBER)
     far.serve_stream("/once", serve)
     async with trio.open_nursery() as nursery:
         await nursery.start(near.run)
