@@ -38,7 +38,7 @@ from mycel.node.trust import open_trust
 from mycel.node.views import TicketAsk
 
 LAYERS = 12
-TOKENS = 48
+TOKENS = 64
 PROMPT = tuple(range(100, 132))
 SESSIONS = 16
 READY_S = 120.0
