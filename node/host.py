@@ -251,7 +251,7 @@ class Host:
         except Exception as error:  # boundary: a handler's failure ends its own stream only
             self.on_handler_error(stream.protocol, error)
             stream.reset()
-        except BaseException:
+        except BaseException:  # why: a cancelled handler resets its stream too; raised again
             stream.reset()
             raise
         else:
@@ -305,7 +305,7 @@ class Host:
         link = self._begin(pipe, expected=endpoint_of(addr).peer, dialer=True)
         try:
             await link.wait_open()
-        except BaseException:
+        except BaseException:  # why: a cancelled dial gives its connection up too; raised again
             link.end("closed", "the dial was given up")
             raise
         return link

@@ -121,7 +121,7 @@ class Lender:
             lent.info = await self._stages.serve(
                 spec, self._engines, options, lent.on_progress, lambda event: self._on_engine(lent, event)
             )
-        except BaseException:
+        except BaseException:  # why: a cancelled load is not lent either; raised again
             self._lent.remove(lent)
             raise
         lent.state = "ready"

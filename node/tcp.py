@@ -251,7 +251,7 @@ async def _dial_ip(host: str, port: int, local: Endpoint | None) -> TcpPipe:
     except OSError as error:
         sock.close()
         raise DialError(f"cannot reach {where}: {error.strerror or error}") from None
-    except BaseException:
+    except BaseException:  # why: a cancelled dial closes its socket too; raised again
         sock.close()
         raise
 

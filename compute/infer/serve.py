@@ -103,7 +103,7 @@ class StageServer:
                 raise Refused(f"{card.name} is served by this node already", reason="twice")
             self._served[card.fingerprint] = served
             return await served.load(progress)
-        except BaseException:
+        except BaseException:  # why: a cancelled load must leave nothing behind either; raised again
             self._remove(served)
             raise
 
