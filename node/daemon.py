@@ -40,7 +40,7 @@ from mycel.node.host import Host
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
-from mycel.protocol.address import endpoint_of
+from mycel.protocol.address import endpoint_of, peer_of
 from mycel.protocol.chain import Chain
 from mycel.protocol.errors import AddressError, MycelError
 from mycel.protocol.keys import OwnKey
@@ -159,7 +159,7 @@ def _learn_bootstrap(config: Config, papers: Papers, contacts: Contacts) -> None
     """The ticket's and the config's addresses, each peer's together."""
     addrs: dict[PeerId, list[str]] = {}
     for addr in [*(str(addr) for addr in papers.bootstrap), *config.bootstrap]:
-        peer = endpoint_of(addr).peer
+        peer = peer_of(addr)
         if peer is not None:
             addrs.setdefault(peer, []).append(addr)
     for peer, known in addrs.items():

@@ -22,7 +22,7 @@ from multiaddr import Multiaddr
 
 from mycel.node.contacts import ADDRS_MAX, Contact, Contacts
 from mycel.node.memory import Memory
-from mycel.protocol.address import endpoint_of
+from mycel.protocol.address import peer_of
 from mycel.protocol.errors import AddressError, LimitExceeded, MycelError, Refused
 from mycel.protocol.mesh import Access, Mesh, PeerId, PeerUp
 from mycel.protocol.method import Call, Method
@@ -219,6 +219,6 @@ class Gather:
 def _names(addr: str, peer: str) -> bool:
     """Whether `addr` can be dialled and names `peer`."""
     try:
-        return endpoint_of(addr).peer == peer
+        return peer_of(addr) == peer
     except AddressError:
         return False

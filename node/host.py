@@ -22,8 +22,8 @@ from multiaddr import Multiaddr
 from mycel.node import introduce
 from mycel.node.addresses import dialable
 from mycel.node.admission import Admission
+from mycel.node.connect import CircuitDial, Connector
 from mycel.node.counters import Counters
-from mycel.node.dialer import Race
 from mycel.node.gate import Gate, Service
 from mycel.node.keepalive import LATE_S, TICK_S
 from mycel.node.link import RECEIVE_BYTES, Link
@@ -32,12 +32,9 @@ from mycel.node.roster import Roster
 from mycel.node.settle import Membership, Settling
 from mycel.node.stream import HostStream
 from mycel.protocol import noise, yamux
-from mycel.protocol.address import endpoint_of
 from mycel.protocol.connection import Setup
 from mycel.protocol.errors import (
     ConnectionLost,
-    DeadlineExceeded,
-    DialError,
     LocalProtocolError,
     MycelError,
     PipeBroken,
@@ -75,13 +72,14 @@ class Host:
         self._roster = Roster(key.peer_id, self._news)
         self._nursery: trio.Nursery | None = None
         self._links: list[Link] = []
-        self._dialing: dict[PeerId, trio.Lock] = {}
+        self._announced: list[Multiaddr] = []
         self.limits = limits
         self.counters = Counters()
         self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
         self.setup = Setup(noise.Static(key, network.entropy(32), muxers=(yamux.PROTOCOL,)), limits, [])
         self.services: dict[str, Service] = {}
         self._settling = Settling(self, key, self._roster, membership, default_access)
+        self._connector = Connector(self, network, self._roster)
 
     def __repr__(self) -> str:
         return f"<Host {self.peer_id}>"
@@ -105,11 +103,16 @@ class Host:
         A wildcard address stands for every address of this machine that others can dial; loopback is among
         them only where there is no other.
         """
-        return [Multiaddr(f"{addr}/p2p/{self.peer_id}") for addr in self.bound_addrs]
+        return [Multiaddr(f"{addr}/p2p/{self.peer_id}") for addr in self.told_addrs]
+
+    @property
+    def told_addrs(self) -> Sequence[Multiaddr]:
+        """`listen_addrs` without the peer id: what was announced, else the listening addresses."""
+        return self._announced or self.bound_addrs
 
     @property
     def bound_addrs(self) -> Sequence[Multiaddr]:
-        """`listen_addrs` without the peer id."""
+        """Where this node listens, without the peer id."""
         return dialable([listener.addr for listener in self._listeners], self._network.local_ips())
 
     @property
@@ -171,7 +174,7 @@ class Host:
                 pipe.reset()
                 continue
             self.counters.accepted += 1
-            self._begin(pipe, expected=None, dialer=False)
+            self.begin(pipe, expected=None, dialer=False)
 
     async def _tick(self) -> None:
         """Look after every connection; a tick that comes late says that this process stood still."""
@@ -185,7 +188,8 @@ class Host:
             self._settling.on_tick()
             due = now + TICK_S
 
-    def _begin(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link:
+    def begin(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link:
+        """A link over `pipe`, at work. Raises `LocalProtocolError` where this host does not run."""
         if self._nursery is None:
             pipe.reset()
             raise LocalProtocolError("this host does not run; start Host.run in a nursery first")
@@ -261,54 +265,32 @@ class Host:
 
     async def connect(self, addrs: Sequence[Multiaddr | str], *, timeout: float | None = None) -> PeerId:
         """See `Mesh.connect`."""
-        parsed = [Multiaddr(addr) if isinstance(addr, str) else addr for addr in addrs]
-        wanted = [peer for addr in parsed if (peer := endpoint_of(addr).peer) is not None]
-        limits = self.limits
-        seconds = timeout if timeout is not None else limits.dial_s + limits.handshake_s + limits.membership_s
-        try:
-            with trio.fail_after(seconds):
-                if len(set(wanted)) != 1:
-                    return await self._dial(parsed, None)
-                lock = self._dialing.setdefault(wanted[0], trio.Lock())
-                try:
-                    async with lock:
-                        return await self._dial(parsed, wanted[0])
-                finally:
-                    if not lock.locked():
-                        self._dialing.pop(wanted[0], None)
-        except trio.TooSlowError:
-            raise DialError(f"no connection to {', '.join(map(str, addrs))} within {seconds:g} s") from None
+        return await self._connector.connect(addrs, timeout)
 
-    async def _dial(self, addrs: Sequence[Multiaddr], wanted: PeerId | None) -> PeerId:
-        if wanted is not None and wanted in self.peers:
-            await trio.lowlevel.checkpoint()
-            return wanted
-        try:
-            link = await Race(addrs, self._attempt).run()
-        except DialError:
-            self.counters.dials_failed += 1
-            raise
-        while link.peer not in self.peers:
-            if link.lost is not None and self._roster.get(link.peer) is None:
-                raise link.failure if isinstance(link.failure, Refused) else _as_dial_error(link.lost)
-            await self._roster.changed.park()
-        return link.peer
+    async def adopt(self, pipe: Pipe, *, expected: PeerId | None = None, dialer: bool) -> PeerId:
+        """Be connected over a pipe that came about elsewhere: through a relay, or by a hole punch.
 
-    async def _attempt(self, addr: Multiaddr) -> Link:
-        """Connect to one address, up to a proven peer."""
-        try:
-            with trio.fail_after(self.limits.dial_s):
-                pipe = await self._network.dial(addr)
-        except trio.TooSlowError:
-            raise DeadlineExceeded(f"no answer within {self.limits.dial_s:g} s") from None
-        self.counters.dialed += 1
-        link = self._begin(pipe, expected=endpoint_of(addr).peer, dialer=True)
-        try:
-            await link.wait_open()
-        except BaseException:  # why: a cancelled dial gives its connection up too; raised again
-            link.end("closed", "the dial was given up")
-            raise
-        return link
+        `dialer` says which side speaks first, `expected` who must be there. Returns once the peer is up; the
+        link then competes with others to the same peer as any (`mycel.node.peering`). Raises `DialError`,
+        `Refused`, `RemoteProtocolError`.
+        """
+        return await self._connector.settle(
+            await self._connector.shake(pipe, expected=expected, dialer=dialer)
+        )
+
+    def carry_circuits(self, dial: CircuitDial) -> None:
+        """From now on relayed addresses are dialled by `dial`."""
+        self._connector.dial_circuit = dial
+
+    def announce(self, addrs: Sequence[Multiaddr]) -> None:
+        """From now on `addrs` (without this node's id) are told to others, in this order.
+
+        Who knows better than the listening sockets (`mycel.node.reach`) says so here; peers are told at the
+        next tick. `announce([])` goes back to the listening addresses.
+        """
+        if list(addrs) != self._announced:
+            self._announced = list(addrs)
+            self._settling.stale = True
 
     # Streams
 
@@ -387,9 +369,3 @@ class Host:
     def entropy(self, count: int) -> bytes:
         """See `Mesh.entropy`."""
         return self._network.entropy(count)
-
-
-def _as_dial_error(lost: ConnectionLost) -> MycelError:
-    if lost.reason == "refused":
-        return Refused(str(lost), reason="refused")
-    return DialError(str(lost))

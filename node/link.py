@@ -21,6 +21,7 @@ from mycel.node.keepalive import Keepalive, Verdict
 from mycel.node.owner import Owner
 from mycel.node.stream import HostStream
 from mycel.protocol import yamux
+from mycel.protocol.address import is_circuit
 from mycel.protocol.channel import Channel
 from mycel.protocol.connection import Connection, Stage
 from mycel.protocol.errors import (
@@ -42,8 +43,6 @@ SENDS_PER_YIELD = 32
 
 HANDLER_GRACE_S = 5.0
 """How long handlers may go on after their connection is lost."""
-
-_CODES = {"protocol": yamux.PROTOCOL_ERROR}
 
 
 class Link:
@@ -71,6 +70,7 @@ class Link:
         self._gate: Gate | None = None
         self.limits = owner.limits
         self.dialer = dialer
+        self.is_relayed = is_circuit(pipe.remote)
         self.since = now
         self.key: PublicKey | None = None
         self.arrivals: dict[int, Arrival] = {}
@@ -367,7 +367,7 @@ class Link:
         """End the connection now; streams and waiters see `ConnectionLost`. Once is enough."""
         if self.lost is not None:
             return
-        code = _CODES.get(reason, yamux.NORMAL)
+        code = yamux.PROTOCOL_ERROR if reason == "protocol" else yamux.NORMAL
         if self.is_open and reason not in ("silent", "reset"):
             self._corked = False
             if self.farewell is None and reason != "superseded":

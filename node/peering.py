@@ -2,7 +2,8 @@
 
 Two nodes that dial each other at the same time get two connections; both must give up the same one. Of
 links in different directions made at about the same time the one dialed by the smaller peer id stays; of
-others the newest stays, for a peer that dials again has lost the old one. The loser is drained, not cut:
+others the newest stays, for a peer that dials again has lost the old one. A direct link stays before any
+relayed one. The loser is drained, not cut:
 each side says go-away, serves what is open, and closes once both said so and no stream is left, or when
 `Limits.drain_s` is over: long-lived streams see `ConnectionLost` then and are opened anew on the other link.
 """
@@ -32,12 +33,18 @@ class Made(Protocol):
     @property
     def since(self) -> float: ...
 
+    @property
+    def is_relayed(self) -> bool: ...
+
 
 def choose(links: Sequence[Made], own: PeerId, peer: PeerId) -> int:
     """Index of the link to keep; `links` in the order in which they opened here."""
     best = 0
     for index in range(1, len(links)):
         older, newer = links[best], links[index]
+        if older.is_relayed != newer.is_relayed:
+            best = index if older.is_relayed else best
+            continue
         again = older.dialer == newer.dialer or newer.since - older.since > SIMULTANEOUS_S
         if again or newer.dialer == (own < peer):
             best = index
@@ -83,7 +90,7 @@ class Peering:
             peer=self.peer,
             access=self.gate.access if self.gate.access is not None else Access.STRANGER,
             addr=link.remote,
-            path=PathKind.DIRECT,
+            path=PathKind.RELAYED if link.is_relayed else PathKind.DIRECT,
             agent=said.agent if said else "",
             listen_addrs=said.listen_addrs if said else (),
             protocols=said.protocols if said else (),

@@ -57,7 +57,7 @@ class Node(Protocol):
     limits: Limits
 
     @property
-    def bound_addrs(self) -> Sequence[Multiaddr]: ...
+    def told_addrs(self) -> Sequence[Multiaddr]: ...
 
     @property
     def protocols(self) -> Sequence[str]: ...
@@ -216,7 +216,7 @@ class Settling:
 
     def _message(self, peer: PeerId) -> bytes:
         peering = self._roster.get(peer)
-        addrs = tuple(self._node.bound_addrs)
+        addrs = tuple(self._node.told_addrs)
         if addrs != self._record_addrs:
             self._record_addrs = addrs
             self._seq = max(self._seq + 1, int(self._node.wall() * 1000))

@@ -1,8 +1,9 @@
 """What a multiaddr says to a network: which host, which TCP port, and which peer is expected there.
 
-Mycel dials `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, optionally followed by `/p2p/PEERID`
-(https://github.com/multiformats/multiaddr). Relayed addresses (`/p2p-circuit`) are not a network's business
-and are refused here like every other kind.
+A network dials `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, optionally followed by `/p2p/PEERID`
+(https://github.com/multiformats/multiaddr). A relayed address, `RELAY/p2p-circuit/p2p/PEERID`
+(libp2p specs/relay/circuit-v2), names a peer behind a relay: `circuit_of` takes it apart, and a network
+refuses it like every other kind.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from multiaddr import Multiaddr
 
 from mycel.protocol.errors import AddressError
 from mycel.protocol.mesh import PeerId
+
+CIRCUIT = "p2p-circuit"
+"""The part of a multiaddr that stands between a relay and who is reached through it."""
 
 HOST_KINDS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
@@ -33,7 +37,7 @@ class Endpoint:
         return self.kind.startswith("dns")
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def endpoint_of(addr: Multiaddr | str) -> Endpoint:
     """The TCP endpoint that `addr` names. Raises `AddressError` for any other kind of address."""
     try:
@@ -52,7 +56,41 @@ def endpoint_of(addr: Multiaddr | str) -> Endpoint:
     return Endpoint(parts[0][0], str(parts[0][1]), int(parts[1][1] or 0), peer)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def tcp_addr(host: str, port: int) -> Multiaddr:
     """The multiaddr of a TCP port on an IP address (IPv6 has a colon in it)."""
     return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """A relayed address, taken apart."""
+
+    relay: Multiaddr
+    """Where the relay is dialled; it ends in `/p2p/RELAYID`."""
+    relay_peer: PeerId
+    peer: PeerId | None
+    """Who is reached through it; None in the address that a relay's own listener shows."""
+
+
+def is_circuit(addr: Multiaddr | str) -> bool:
+    """Whether `addr` leads through a relay."""
+    return f"/{CIRCUIT}" in str(addr)
+
+
+@functools.lru_cache(maxsize=1024)
+def circuit_of(addr: Multiaddr | str) -> Circuit:
+    """The parts of a relayed address. Raises `AddressError` where `addr` is none, or leads through two."""
+    before, found, after = str(addr).partition(f"/{CIRCUIT}")
+    relay_peer = endpoint_of(before).peer if found else None
+    if relay_peer is None or CIRCUIT in after or not (after == "" or after.startswith("/p2p/")):
+        raise AddressError(f"{addr} is not a relayed address; write RELAY/p2p/RELAYID/{CIRCUIT}/p2p/PEERID")
+    return Circuit(Multiaddr(before), relay_peer, PeerId(after.removeprefix("/p2p/")) if after else None)
+
+
+def peer_of(addr: Multiaddr | str) -> PeerId | None:
+    """Who is expected at the far end of `addr`, relayed or not; None where it does not say.
+
+    Raises `AddressError` for an address that no node can dial.
+    """
+    return circuit_of(addr).peer if is_circuit(addr) else endpoint_of(addr).peer

@@ -58,7 +58,7 @@ async def test_ten_thousand_connections_in_sequence_leave_nothing_behind():
                 await stream.send(b"hello", end=True)
                 assert await stream.receive_exactly(5) == b"hello"
             near.disconnect(peer, "next")
-            if number == 500:
+            if number == 2000:
                 await settled([near, far])
                 before = resources()
         await settled([near, far])

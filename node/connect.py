@@ -1,0 +1,128 @@
+"""Getting connected: from addresses to a peer whose membership is settled.
+
+An address is dialled by the transport of its kind: TCP through the network, a relayed one through whatever
+was registered for it with `carry`. All addresses of a peer race each other (`dialer.Race`); one dial per peer
+is under way at a time, and whoever asks meanwhile gets its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import trio
+from multiaddr import Multiaddr
+
+from mycel.node.counters import Counters
+from mycel.node.dialer import Race
+from mycel.node.link import Link
+from mycel.node.roster import Roster
+from mycel.protocol.address import is_circuit, peer_of
+from mycel.protocol.errors import (
+    AddressError,
+    ConnectionLost,
+    DeadlineExceeded,
+    DialError,
+    MycelError,
+    Refused,
+)
+from mycel.protocol.limits import Limits
+from mycel.protocol.mesh import PeerId
+from mycel.protocol.network import Network, Pipe
+
+CircuitDial = Callable[[Multiaddr], Awaitable[Pipe]]
+"""Opens a pipe to the peer behind a relayed address. Raises `DialError`; cleans up when cancelled."""
+
+
+class Beginner(Protocol):
+    """What the connector needs of the host."""
+
+    limits: Limits
+    counters: Counters
+
+    def begin(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link: ...
+
+
+class Connector:
+    """The dials of one host."""
+
+    def __init__(self, host: Beginner, network: Network, roster: Roster) -> None:
+        self._host = host
+        self._network = network
+        self._roster = roster
+        self._dialing: dict[PeerId, trio.Lock] = {}
+        self.dial_circuit: CircuitDial | None = None
+        """Dials relayed addresses, where this host can."""
+
+    async def connect(self, addrs: Sequence[Multiaddr | str], timeout: float | None) -> PeerId:
+        """See `Mesh.connect`."""
+        parsed = [Multiaddr(addr) if isinstance(addr, str) else addr for addr in addrs]
+        wanted = [peer for addr in parsed if (peer := peer_of(addr)) is not None]
+        limits = self._host.limits
+        seconds = timeout if timeout is not None else limits.dial_s + limits.handshake_s + limits.membership_s
+        try:
+            with trio.fail_after(seconds):
+                if len(set(wanted)) != 1:
+                    return await self._dial(parsed, None)
+                lock = self._dialing.setdefault(wanted[0], trio.Lock())
+                try:
+                    async with lock:
+                        return await self._dial(parsed, wanted[0])
+                finally:
+                    if not lock.locked():
+                        self._dialing.pop(wanted[0], None)
+        except trio.TooSlowError:
+            raise DialError(f"no connection to {', '.join(map(str, addrs))} within {seconds:g} s") from None
+
+    async def settle(self, link: Link) -> PeerId:
+        """Park until the peer behind an open link is up. Raises `Refused`, `DialError`."""
+        while link.peer not in self._roster.peers:
+            if link.lost is not None and self._roster.get(link.peer) is None:
+                raise link.failure if isinstance(link.failure, Refused) else _as_dial_error(link.lost)
+            await self._roster.changed.park()
+        return link.peer
+
+    async def _dial(self, addrs: Sequence[Multiaddr], wanted: PeerId | None) -> PeerId:
+        if wanted is not None and wanted in self._roster.peers:
+            await trio.lowlevel.checkpoint()
+            return wanted
+        try:
+            link = await Race(addrs, self._attempt).run()
+        except DialError:
+            self._host.counters.dials_failed += 1
+            raise
+        return await self.settle(link)
+
+    async def _attempt(self, addr: Multiaddr) -> Link:
+        """Connect to one address, up to a proven peer."""
+        seconds = self._host.limits.dial_s
+        try:
+            with trio.fail_after(seconds):
+                pipe = await self._open(addr)
+        except trio.TooSlowError:
+            raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
+        self._host.counters.dialed += 1
+        return await self.shake(pipe, expected=peer_of(addr), dialer=True)
+
+    async def _open(self, addr: Multiaddr) -> Pipe:
+        if not is_circuit(addr):
+            return await self._network.dial(addr)
+        if self.dial_circuit is None:
+            raise AddressError(f"{addr} is relayed, and this node uses no relays; give a direct address")
+        return await self.dial_circuit(addr)
+
+    async def shake(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link:
+        """A link over `pipe` with a proven peer. Raises why there is none; cancelled, it gives it up."""
+        link = self._host.begin(pipe, expected=expected, dialer=dialer)
+        try:
+            await link.wait_open()
+        except BaseException:  # why: a cancelled dial gives its connection up too; raised again
+            link.end("closed", "the dial was given up")
+            raise
+        return link
+
+
+def _as_dial_error(lost: ConnectionLost) -> MycelError:
+    if lost.reason == "refused":
+        return Refused(str(lost), reason="refused")
+    return DialError(str(lost))

@@ -1,0 +1,1 @@
+"""How others reach this node, and it them: what NAT it sits behind, relays, hole punches, the LAN."""
