@@ -8,7 +8,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench constraints wheel clean
+.PHONY: help setup demo test check format bench soak constraints wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | \
@@ -38,6 +38,9 @@ format: setup  ## put the sources into shape
 
 bench: setup  ## measure: make bench NAME=rpc (SAVE=1 keeps the result in bench/results)
 	@$(RUN) bench/run.py $(if $(SAVE),--save) $(NAME)
+
+soak: setup  ## 20 seeded deaths of real daemons in mid-sentence, some minutes (ARGS="--seeds 100 --first 20")
+	@$(RUN) bench/run.py $(if $(SAVE),--save) soak $(ARGS)
 
 constraints: setup  ## write constraints.txt from what .venv holds
 	@$(RUN) scripts/constraints.py > constraints.txt.new && mv constraints.txt.new constraints.txt
