@@ -47,6 +47,10 @@ class Config:
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on: the public side of a forwarded port."""
 
+    relay: str = "auto"
+    """Whether this node carries connections between others: auto (where others can call it from outside),
+    on (wherever it is; the owner knows better), or off."""
+
     bootstrap: tuple[str, ...] = ()
     """Further multiaddrs (each ending in /p2p/ID) to dial besides those in the ticket. Useful when the
     machine that issued the ticket has moved."""
@@ -153,7 +157,7 @@ class Config:
         _check(self.redial_s <= self.redial_max_s, "redial_max_s", self.redial_max_s, "at least redial_s")
         _check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", self.device,
                "cpu, cuda, cuda:N or auto")  # fmt: skip
-        for name, allowed in (("dtype", DTYPES), ("log", LOG_LEVELS)):
+        for name, allowed in (("dtype", DTYPES), ("log", LOG_LEVELS), ("relay", RELAY_CHOICES)):
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         return self
 
@@ -170,6 +174,7 @@ class Config:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepalive_s", "silence_s",
              "redial_s", "redial_max_s")  # fmt: skip

@@ -3,6 +3,7 @@
     host        connections, from the network seam up to streams
     rpc         calls over it
     board       facts that peers state
+    reach       how others can call this node, and it them
     links       stage streams
     stages      this node's layers at work for everybody
     generator   sessions that this node owns
@@ -39,6 +40,8 @@ from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
+from mycel.node.reach.outward import Outward
+from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
 from mycel.protocol.address import endpoint_of, peer_of
 from mycel.protocol.chain import Chain
@@ -89,7 +92,8 @@ async def run(
         revoked=[PeerId(peer) for peer in config.revoked],
     )
     listen = await choose_ports(config.listen, network, papers.memory)
-    host = Host(network, papers.identity, listen=listen, membership=membership, limits=limits)
+    outward = Outward(network)
+    host = Host(outward, papers.identity, listen=listen, membership=membership, limits=limits)
     rpc = Rpc(host)
     board = PushBoard(host)
     links = Links(host)
@@ -98,11 +102,13 @@ async def run(
     contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
     _learn_bootstrap(config, papers, contacts)
     lender = Lender(config, engines, stages, generator)
-    gather = Gather(host, rpc, contacts, papers.memory, announce=config.announce)
-    node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender)
+    gather = Gather(host, rpc, contacts, papers.memory)
+    reach = Reach(config, outward, host, rpc, contacts)
+    node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach)
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
+        await nursery.start(reach.run)
         await nursery.start(board.run)
         await nursery.start(links.run)
         await nursery.start(stages.run)

@@ -63,22 +63,13 @@ PEERS = Method("mesh.peers", AskPeers, TellPeers, access=Access.SUBMIT, idempote
 
 
 class Gather:
-    """The service. `announce` is what to tell others of this node instead of where it listens."""
+    """The service."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        rpc: Rpc,
-        contacts: Contacts,
-        memory: Memory,
-        *,
-        announce: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, mesh: Mesh, rpc: Rpc, contacts: Contacts, memory: Memory) -> None:
         self._mesh = mesh
         self._rpc = rpc
         self._contacts = contacts
         self._memory = memory
-        self._announce = announce
         self._changed = trio.Event()
         self.joined = trio.Event()
         """Set when a member was met for the first time, or refused this node."""
@@ -185,9 +176,7 @@ class Gather:
 
     def own_addrs(self) -> Sequence[Multiaddr]:
         """Where others can dial this node."""
-        suffix = f"/p2p/{self._mesh.peer_id}"
-        announced = [addr if "/p2p/" in addr else addr + suffix for addr in self._announce]
-        return [Multiaddr(addr) for addr in announced] or self._mesh.listen_addrs
+        return self._mesh.listen_addrs
 
     def _tell(self, call: Call, request: AskPeers) -> TellPeers:
         own = Told(self._mesh.peer_id, tuple(str(addr) for addr in self.own_addrs())[:ADDRS_MAX])

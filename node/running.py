@@ -18,6 +18,7 @@ from mycel.node.contacts import Contacts
 from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lend import Lender
+from mycel.node.reach.reach import Reach
 from mycel.node.views import (
     HolderView,
     ModelView,
@@ -71,6 +72,7 @@ class Node:
     contacts: Contacts
     gather: Gather
     lender: Lender
+    reach: Reach
     began: float = field(default_factory=trio.current_time)
     api: str = ""
     """Base URL of the HTTP API once it listens."""
