@@ -19,9 +19,11 @@ from mycel.compute.infer.messages import (
     Resume,
     SessionName,
     StageStatus,
+    name_at,
 )
 from mycel.compute.infer.owner import EPOCH_UNKNOWN
 from mycel.compute.infer.pace import Timing
+from mycel.compute.infer.request import RouteStage
 from mycel.compute.infer.view import SwarmView
 from mycel.protocol.errors import ConnectionLost, DeadlineExceeded, MycelError, Refused
 from mycel.protocol.mesh import PeerId
@@ -54,25 +56,30 @@ class Contact:
         self._services = services
         self._timing = timing
         self._me = services.links.mesh.peer_id
-        self._opened: dict[PeerId, None] = {}
+        self._opened: dict[tuple[PeerId, str], None] = {}  # peers, and the session's name there
 
     def is_gone(self, peer: PeerId) -> bool:
         """Whether there is no connection to `peer`."""
         return peer != self._me and peer not in self._services.links.mesh.peers
 
-    def meet(self, peer: PeerId) -> None:
-        """Remember that `peer` gets the session, and where it is."""
-        self._opened[peer] = None
+    def meet(self, stage: RouteStage) -> None:
+        """Remember that a stage gets the session, and where its peer is."""
+        peer = stage.peer
+        self._opened[self._at(stage)] = None
         self.addrs[peer] = self._services.view.addrs(peer) or self.addrs.get(peer, ())
         if peer != self._me:
             self._services.links.addrs[peer] = self.addrs[peer]
 
+    def _at(self, stage: RouteStage) -> tuple[PeerId, str]:
+        return stage.peer, name_at(self._session, stage.span.start)
+
     # --- calls; all raise `MycelError`
 
-    async def ask(self, peer: PeerId) -> StageStatus:
+    async def ask(self, stage: RouteStage) -> StageStatus:
         """What the stage is doing."""
+        peer, name = self._at(stage)
         try:
-            return await self._call(peer, STATUS, SessionName(self._session), self._timing.probe_s)
+            return await self._call(peer, STATUS, SessionName(name), self._timing.probe_s)
         except Refused:
             return StageStatus(EPOCH_UNKNOWN, 0, 0, 0, 0, "waiting", 0.0)
 
@@ -100,17 +107,17 @@ class Contact:
 
     # --- the end
 
-    def dismiss(self, keep: Iterable[PeerId] = ()) -> None:
+    def dismiss(self, keep: Iterable[RouteStage] = ()) -> None:
         """Tell every stage that has the session, but those of `keep`, to free it."""
-        kept = list(keep)
-        for peer in [peer for peer in self._opened if peer not in kept]:
-            del self._opened[peer]
-            self._services.start_soon(self._close, peer)
+        kept = [self._at(stage) for stage in keep]
+        for opened in [opened for opened in self._opened if opened not in kept]:
+            del self._opened[opened]
+            self._services.start_soon(self._close, *opened)
 
-    async def _close(self, peer: PeerId) -> None:
+    async def _close(self, peer: PeerId, name: str) -> None:
         with suppress(MycelError):
             if not self.is_gone(peer):
-                await self._services.rpc.call(peer, CLOSE, SessionName(self._session), deadline_s=CLOSE_S)
+                await self._services.rpc.call(peer, CLOSE, SessionName(name), deadline_s=CLOSE_S)
 
 
 async def each(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T | MycelError]:

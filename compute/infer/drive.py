@@ -16,7 +16,7 @@ import trio
 
 from mycel.compute.engine import ModelCard
 from mycel.compute.infer.contact import Contact, Services, each
-from mycel.compute.infer.messages import NoticeFrame, stage_key
+from mycel.compute.infer.messages import NoticeFrame, is_stage_key
 from mycel.compute.infer.owner import OwnerSession, Restart, Verdict
 from mycel.compute.infer.request import Failover, GenerationFailed, RouteStage
 from mycel.compute.infer.route import plan_repair, plan_route
@@ -79,7 +79,7 @@ class Drive:
 
     def on_fact(self, fact: Fact) -> None:
         """A stage's state changed."""
-        if fact.key == stage_key(self._card.fingerprint):
+        if is_stage_key(fact.key, self._card.fingerprint):
             stage = read_stage(fact.value)
             if stage is not None and stage.state == "leaving":
                 self._trouble_about("leaving", fact.author, "the stage leaves")
@@ -147,7 +147,7 @@ class Drive:
         """Ask all stages what they do, twice when all seem idle."""
         timing = self.session.timing
         while True:
-            statuses = await each([partial(self._contact.ask, s.peer) for s in self.session.route])
+            statuses = await each([partial(self._contact.ask, s) for s in self.session.route])
             verdict = self.session.judge(
                 [None if isinstance(status, MycelError) else status for status in statuses]
             )
@@ -187,13 +187,13 @@ class Drive:
         self._running = True
         for stage in session.route:
             self._suspects.pop(stage.peer, None)
-        self._contact.dismiss(keep=[stage.peer for stage in session.route])
+        self._contact.dismiss(keep=session.route)
 
     async def _try_route(self) -> dict[PeerId, str] | None:
         """Open, resume and replay over the session's route; None when all went well, else who failed."""
         session, route = self.session, self.session.route
         for stage in route:
-            self._contact.meet(stage.peer)
+            self._contact.meet(stage)
         opens = zip(route, session.opens(self._contact.addrs), strict=True)
         seconds = session.timing.reopen_s if self._running else session.timing.open_s
         replies = await each([partial(self._contact.open, s.peer, opened, seconds) for s, opened in opens])

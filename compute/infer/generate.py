@@ -19,7 +19,7 @@ from mycel.compute.engine import ModelCard
 from mycel.compute.infer.contact import Services
 from mycel.compute.infer.generation import Generation
 from mycel.compute.infer.links import Links
-from mycel.compute.infer.messages import FILES, FilesName, Frame, NoticeFrame, TokenFrame
+from mycel.compute.infer.messages import FILES, FilesName, Frame, NoticeFrame, TokenFrame, session_of
 from mycel.compute.infer.owner import Job, OwnerSession
 from mycel.compute.infer.pace import DEFAULT_TIMING, Timing
 from mycel.compute.infer.request import GenerateRequest, ModelStatus, RequestInvalid
@@ -154,7 +154,7 @@ class Generator:
 
     def on_frame(self, peer: PeerId, frame: Frame) -> None:
         """See `Receiver`."""
-        generation = self._generations.get(frame.session)
+        generation = self._generations.get(session_of(frame.session))
         if generation is None:
             return
         if isinstance(frame, TokenFrame):

@@ -9,6 +9,9 @@ far the first stage may go) and `NoticeFrame` (a stage tells the owner what went
 A **row** is one token position on its way through the layers; row r makes the token at position r + 1. An
 **epoch** numbers the routes of a session: the owner raises it with every change, and what was sent under
 an older one is dropped on arrival.
+
+A **name** is what a stage calls a session: the session's id, and for stages that do not begin with layer 0
+their first layer. So a peer may have several stages of one session.
 """
 
 from __future__ import annotations
@@ -25,10 +28,21 @@ from mycel.protocol.tensor import Tensor
 STAGE_PROTOCOL = "/mycel/stage/1"
 
 
+def name_at(session: str, start: int) -> str:
+    """What the stage from layer `start` on calls a session. Tokens go by the id alone: it is the first's."""
+    return f"{session}/{start}" if start else session
+
+
+def session_of(name: str) -> str:
+    """The session's id, which its owner knows it by."""
+    return name.partition("/")[0]
+
+
 class StepFrame(msgspec.Struct, frozen=True):
     """Rows [position : position + count): token ids towards the first stage, hidden states after it."""
 
     session: str
+    """Its name at the stage that the rows go to."""
     epoch: int
     position: int
     count: int
@@ -62,6 +76,7 @@ class NoticeFrame(msgspec.Struct, frozen=True, array_like=True, tag="n"):
     """
 
     session: str
+    """Its name at the stage that says so."""
     epoch: int
     kind: str
     peer: PeerId | None
@@ -75,6 +90,7 @@ class Resume(msgspec.Struct, frozen=True):
     """How a stage goes on under an epoch."""
 
     session: str
+    """Its name at this stage, as in all that the owner asks of a stage."""
     epoch: int
     keep: int = 0
     """Rows to keep; less than accepted cuts waiting input, 0 starts afresh."""
@@ -125,7 +141,7 @@ class OpenReply(msgspec.Struct, frozen=True):
 
 
 class SessionName(msgspec.Struct, frozen=True):
-    """A question about one session."""
+    """A question about one session at one stage."""
 
     session: str
 
@@ -171,7 +187,7 @@ class ModelFact(msgspec.Struct, frozen=True):
 
 
 class StageFact(msgspec.Struct, frozen=True):
-    """Board, `stages/<fingerprint>`: the author's stage of a model."""
+    """Board, `stages/<fingerprint>`: the author's stage of a model; `.../<n>`: its n-th further one."""
 
     span: Span
     state: str
@@ -188,6 +204,12 @@ def model_key(fingerprint: str) -> str:
     return f"models/{fingerprint}"
 
 
-def stage_key(fingerprint: str) -> str:
-    """Board key of a stage."""
-    return f"stages/{fingerprint}"
+def stage_key(fingerprint: str, number: int = 0) -> str:
+    """Board key of a peer's first stage of a model, or of a further one."""
+    return f"stages/{fingerprint}/{number}" if number else f"stages/{fingerprint}"
+
+
+def is_stage_key(key: str, fingerprint: str) -> bool:
+    """Whether a fact under `key` speaks of a stage of that model."""
+    first, _, number = key.removeprefix("stages/").partition("/")
+    return first == fingerprint and key.startswith("stages/") and (number == "" or number.isdigit())

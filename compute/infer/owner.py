@@ -26,6 +26,7 @@ from mycel.compute.infer.messages import (
     StageStatus,
     StepFrame,
     TokenFrame,
+    name_at,
 )
 from mycel.compute.infer.pace import Pace, Timing
 from mycel.compute.infer.request import RouteStage
@@ -158,7 +159,7 @@ class OwnerSession:
             following = self.route[(index + 1) % len(self.route)].peer
             opens.append(
                 Open(
-                    session=self.job.session,
+                    session=name_at(self.job.session, stage.span.start),
                     epoch=self.epoch,
                     fingerprint=self.job.fingerprint,
                     span=stage.span,
@@ -201,7 +202,7 @@ class OwnerSession:
             penalised = self.job.sampling.repetition_penalty != 1
             resumes.append(
                 Resume(
-                    session=self.job.session,
+                    session=name_at(self.job.session, self.route[index].span.start),
                     epoch=self.epoch,
                     keep=keep,
                     next_have=known if is_last else keeps[index + 1],

@@ -2,9 +2,10 @@
 
 A route is a walk from layer 0 to the last: at border b, any peer that holds layers from before b until after
 b may run [b : c) for a border c within what it holds. A step costs half a round trip to get there plus its
-layers' measured time, stretched by what already waits there. No peer may appear twice (its cache of a
-session covers one span), so the search keeps, at each border, a few of the cheapest walks that differ in the
-peers they used. Ties fall to fewer stages, then to peer ids, so equal views give equal routes.
+layers' measured time, stretched by what already waits there. No stage may appear twice (its cache of a
+session covers one span), though a peer with several stages may; so the search keeps, at each border, a few of
+the cheapest walks that differ in the stages they used. Ties fall to fewer stages, then to peer ids, so equal
+views give equal routes.
 
 A recovery keeps the surviving stages with their spans, because their caches are there, and covers only the
 gaps between them; where that cannot be done, it plans anew and lets survivors start over.
@@ -13,14 +14,14 @@ gaps between them; where that cannot be done, it plans anew and lets survivors s
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mycel.compute.engine import Span
 from mycel.compute.infer.request import RouteStage
 from mycel.protocol.mesh import PeerId
 
 WALKS_MAX = 8
-"""Walks kept per border: enough that a walk blocked by its own peers has others beside it."""
+"""Walks kept per border: enough that a walk blocked by its own stages has others beside it."""
 HOLDERS_PER_SPAN_MAX = 16
 """Holders of the same span that are considered, the cheapest: in a large swarm they are many and alike."""
 LAYER_ROW_S = 0.001
@@ -52,15 +53,22 @@ class _Walk(NamedTuple):
     def order(self) -> tuple[object, ...]:
         return (round(self.cost, 9), len(self.stages), self.stages)
 
-    def uses(self, peer: PeerId) -> bool:
-        return any(stage.peer == peer for stage in self.stages)
+    def uses(self, offer: Offer) -> bool:
+        return _is_used(offer, self.stages)
 
 
-def missing_layers(n_layers: int, offers: Sequence[Offer]) -> tuple[Span, ...]:
-    """Layers that no offer covers, as maximal spans in order."""
+class Held(Protocol):
+    """Whatever speaks of layers: an offer, a holding."""
+
+    @property
+    def span(self) -> Span: ...
+
+
+def missing_layers(n_layers: int, held: Sequence[Held]) -> tuple[Span, ...]:
+    """Layers that none of `held` covers, as maximal spans in order."""
     missing: list[Span] = []
     at = 0
-    for span in sorted(offer.span for offer in offers):
+    for span in sorted(one.span for one in held):
         if span.start > at:
             missing.append(Span(at, min(span.start, n_layers)))
         at = max(at, span.end)
@@ -90,8 +98,7 @@ def plan_repair(
     """
     n_layers = route[-1].span.end
     kept = [stage for stage in route if stage.peer not in avoid]
-    taken = {stage.peer for stage in kept}
-    free = [offer for offer in offers if offer.peer not in avoid and offer.peer not in taken]
+    free = [offer for offer in offers if offer.peer not in avoid and not _is_used(offer, kept)]
     repaired: list[RouteStage] = []
     at = 0
     for stage in [*kept, None]:
@@ -99,8 +106,7 @@ def plan_repair(
         if at < until:
             before = repaired[-1].peer if repaired else owner
             after = owner if stage is None else stage.peer
-            used = {filled.peer for filled in repaired}
-            offered = [offer for offer in free if offer.peer not in used]
+            offered = [offer for offer in free if not _is_used(offer, repaired)]
             gap = _cheapest(Span(at, until), offered, before, after, rtt)
             if gap is None:
                 return plan_route(n_layers, offers, owner, rtt, avoid)
@@ -124,7 +130,7 @@ def _cheapest(
     for start in [span.start, *stops[:-1]]:
         for walk in walks.get(start, ()):
             for offer in offers:
-                if not offer.span.start <= start < offer.span.end or walk.uses(offer.peer):
+                if not offer.span.start <= start < offer.span.end or walk.uses(offer):
                     continue
                 hop = rtt(walk.stages[-1].peer if walk.stages else before, offer.peer) / 2
                 for end in stops:
@@ -136,6 +142,10 @@ def _cheapest(
                         _keep(walks.setdefault(end, []), _Walk(cost, (*walk.stages, stage)))
     arrived = walks.get(span.end)
     return arrived[0].stages if arrived else None
+
+
+def _is_used(offer: Offer, stages: Sequence[RouteStage]) -> bool:
+    return any(stage.peer == offer.peer and stage.span in offer.span for stage in stages)
 
 
 def _keep(walks: list[_Walk], walk: _Walk) -> None:

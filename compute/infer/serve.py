@@ -1,9 +1,10 @@
 """The stage service: this node's engines at work for everybody's sessions.
 
 Each stage has an engine kept alive by a `Supervisor`, a loop (`mycel.compute.infer.stage`), and a fact on the
-board that follows its state. When an engine is lost its sessions' owners are told at once; the stage is
-loaded again and comes back empty. A session whose owner's connection ended, and who did not ask again
-within a while, is closed.
+board that follows its state. A model may have several stages here, of different layers; a session that goes
+through two of them has another name at each. When an engine is lost its sessions' owners are told at once;
+the stage is loaded again and comes back empty. A session whose owner's connection ended, and who did not ask
+again within a while, is closed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import trio
 from trio import TaskStatus
 
-from mycel.compute.engine import Engine, StageInfo, StageSpec
+from mycel.compute.engine import Engine, ModelCard, Span, StageInfo, StageSpec
 from mycel.compute.infer.links import Links
 from mycel.compute.infer.messages import (
     CLOSE,
@@ -33,6 +34,7 @@ from mycel.compute.infer.messages import (
     StageStatus,
     StepFrame,
     TokenFrame,
+    session_of,
 )
 from mycel.compute.infer.served import Served, ServeOptions
 from mycel.compute.infer.session import SessionCounters, StageSession
@@ -58,7 +60,8 @@ class StageServer:
         self._rpc = rpc
         self._board = board
         self._me = links.mesh.peer_id
-        self._served: dict[str, Served] = {}  # by fingerprint
+        self._served: list[Served] = []
+        self._is_leaving = False
         self._nursery: trio.Nursery | None = None
         links.attach(self)
         rpc.serve(OPEN, self._open, inline=True)
@@ -89,19 +92,21 @@ class StageServer:
 
         `start_engine` starts an engine, again after each loss. With `spec.span` None the span is chosen from
         what the board shows to be missing. `report` hears of losses and reloads. Raises as `Engine.load`, and
-        `Refused` when this node serves that model already or has no memory for a single layer.
+        `Refused` when this node serves those layers already, leaves, has no memory for a single layer, or
+        (`options.beside`) no layers are missing any more.
         """
         if self._nursery is None:
             raise LocalProtocolError("start StageServer.run first")
+        if self._is_leaving:
+            raise Refused("this node is about to leave", reason="leaving")
         served = Served(self._links, self._board, spec, options, report)
         try:
             await self._nursery.start(served.run, start_engine)
             card = await served.describe()
             if options.fingerprint not in (None, card.fingerprint):
                 raise Refused(f"{spec.model} is another model than the one meant", reason="model")
-            if card.fingerprint in self._served:
-                raise Refused(f"{card.name} is served by this node already", reason="twice")
-            self._served[card.fingerprint] = served
+            served.number = self._number(card, spec.span, options)
+            self._served.append(served)
             return await served.load(progress)
         except BaseException:  # why: a cancelled load must leave nothing behind either; raised again
             self._remove(served)
@@ -109,7 +114,8 @@ class StageServer:
 
     async def leave(self, grace_s: float = 5.0) -> None:
         """Say that the stages go, wait until their sessions moved (at most `grace_s`), stop."""
-        leaving = list(self._served.values())
+        self._is_leaving = True
+        leaving = list(self._served)
         for served in leaving:
             served.begin_leaving()
         with trio.move_on_after(grace_s):
@@ -122,7 +128,7 @@ class StageServer:
     @property
     def stages(self) -> list[Stage]:
         """Stages that are loaded."""
-        return [served.stage for served in self._served.values() if served.stage is not None]
+        return [served.stage for served in self._served if served.stage is not None]
 
     @property
     def totals(self) -> SessionCounters:
@@ -133,27 +139,50 @@ class StageServer:
         return totals
 
     def counters(self, session: str) -> SessionCounters | None:
-        """A session's counters, also for a while after its end."""
-        for stage in self.stages:
-            if session in stage.sessions:
-                return stage.sessions[session].counters
-            if session in stage.ended:
-                return stage.ended[session]
-        return None
+        """A session's counters over all stages here, also for a while after its end."""
+        found = [
+            counters
+            for stage in self.stages
+            for name, counters in stage.counters().items()
+            if session_of(name) == session
+        ]
+        if not found:
+            return None
+        totals = SessionCounters()
+        for counters in found:
+            totals.add(counters)
+        return totals
+
+    def _number(self, card: ModelCard, span: Span | None, options: ServeOptions) -> int:
+        """The number of a further stage of a model. Raises `Refused` for layers that are served here."""
+        others = [served for served in self._served if served.fingerprint == card.fingerprint]
+        for other in others:
+            held = other.span
+            if held is None or (span is None and not options.beside):
+                raise Refused(f"{card.name} is served by this node already", reason="twice")
+            if span is not None and span.start < held.end and held.start < span.end:
+                raise Refused(
+                    f"layers {held.start}:{held.end} of {card.name} are served by this node already",
+                    reason="twice",
+                )
+        numbers = [other.number for other in others]
+        return next(number for number in range(len(others) + 1) if number not in numbers)
 
     def _remove(self, served: Served) -> None:
+        self._served = [other for other in self._served if other is not served]
         served.end()
-        self._served = {name: other for name, other in self._served.items() if other is not served}
 
     # --- rpc
 
     def _open(self, call: Call, opened: Open) -> OpenReply:
-        served = self._served.get(opened.fingerprint)
-        if served is None or served.stage is None:
+        stages = [stage for stage in self.stages if stage.info.card.fingerprint == opened.fingerprint]
+        if not stages:
             raise Refused("that model is not served here", reason="layers")
+        name = opened.session
+        stages.sort(key=lambda stage: (opened.span not in stage.info.span, name not in stage.sessions))
         if opened.next != self._me and opened.next_addrs:
             self._links.addrs[opened.next] = opened.next_addrs
-        return served.stage.open(call.peer, opened)
+        return stages[0].open(call.peer, opened)
 
     def _resume(self, call: Call, resume: Resume) -> None:
         stage, session = self._find(call.peer, resume.session)
@@ -170,13 +199,13 @@ class StageServer:
             stage.close(asked.session)
 
     async def _files(self, call: Call, asked: FilesName) -> FilesReply:
-        served = self._served.get(asked.fingerprint)
-        if served is None or served.files is None:
-            raise Refused("that model's files are not here", reason="layers")
-        return FilesReply(served.files)
+        for served in self._served:
+            if served.fingerprint == asked.fingerprint and served.files is not None:
+                return FilesReply(served.files)
+        raise Refused("that model's files are not here", reason="layers")
 
     def _lookup(self, name: str) -> tuple[Stage | None, StageSession | None]:
-        for served in self._served.values():
+        for served in self._served:
             if served.stage is not None and name in served.stage.sessions:
                 return served.stage, served.stage.sessions[name]
         return None, None
@@ -193,7 +222,7 @@ class StageServer:
     @property
     def congested(self) -> bool:
         """See `Receiver`."""
-        return any(served.stage is not None and served.stage.congested for served in self._served.values())
+        return any(served.stage is not None and served.stage.congested for served in self._served)
 
     def on_frame(self, peer: PeerId, frame: Frame) -> None:
         """See `Receiver`."""

@@ -1,4 +1,4 @@
-"""One model's stage on this node, from choosing its layers to leaving.
+"""One stage of a model on this node, from choosing its layers to leaving.
 
 The engine's life is the supervisor's business; what follows from it is decided here: while it is down the
 stage refuses sessions and its fact says "loading"; when it is back, the fact says "ready" again.
@@ -14,12 +14,14 @@ from trio import TaskStatus
 
 from mycel.compute.engine import Engine, EngineLost, ModelCard, ModelUnsupported, Span, StageInfo, StageSpec
 from mycel.compute.infer.links import Links
-from mycel.compute.infer.messages import ModelFact, StageFact, model_key, stage_key
+from mycel.compute.infer.messages import ModelFact, StageFact, is_stage_key, model_key, stage_key
 from mycel.compute.infer.placement import Holding, Placement, plan_placement
+from mycel.compute.infer.rescue import plan_rescue, read_rooms
 from mycel.compute.infer.stage import Stage
 from mycel.compute.supervise import EngineEvent, Lost, Ready, Supervisor
 from mycel.protocol.board import Board
 from mycel.protocol.errors import MycelError, Refused
+from mycel.protocol.mesh import PeerId
 
 FACT_S = 1.0
 """Load and speed are published at most this often."""
@@ -40,6 +42,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     all layers have a holder already are spares anyway."""
     fingerprint: str | None = None
     """Serve only this very model; another one of the same name is refused."""
+    beside: bool = False
+    """Take of the layers that lost their last holder, beside the stages that this node has of the model."""
 
 
 class Served:
@@ -56,6 +60,8 @@ class Served:
         self.stage: Stage | None = None
         self.files: dict[str, bytes] | None = None
         """The model's small files, None where it has no tokenizer."""
+        self.number = 0
+        """Which of this node's stages of the model it is."""
         self._links = links
         self._board = board
         self._me = links.mesh.peer_id
@@ -89,6 +95,16 @@ class Served:
         """The model's card. Raises as `Engine.describe`."""
         self._card = await self._engine.describe(self._spec.model)
         return self._card
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The model's, once it is known."""
+        return None if self._card is None else self._card.fingerprint
+
+    @property
+    def span(self) -> Span | None:
+        """Its layers, once they are known."""
+        return self._spec.span
 
     async def load(self, progress: Callable[[float, str], None] | None) -> StageInfo:
         """Choose the layers where none are named, and load them. Raises as `Engine.load`, and `Refused`."""
@@ -141,15 +157,16 @@ class Served:
         claim: Placement | None = None
         bound = self._options.weight_bytes_max
         while True:
-            facts = self._board.facts(stage_key(card.fingerprint))
-            holdings = []
-            for fact in facts:
-                stage = read_stage(fact.value)
-                if stage is not None:
-                    holdings.append(Holding(fact.author, stage.span, stage.state, stage.standby))
-            plan = plan_placement(
-                card, holdings, self._me, UNBOUNDED if bound is None else bound, self._options.stages
-            )
+            holdings = read_holdings(self._board, card.fingerprint, but=(self._me, self._key))
+            if self._options.beside:
+                span = plan_rescue(card, holdings, read_rooms(self._board), self._me)
+                if span is None:
+                    raise Refused(f"the layers of {card.name} are taken by now", reason="settled")
+                plan: Placement | None = Placement(span, standby=False)
+            else:
+                plan = plan_placement(
+                    card, holdings, self._me, UNBOUNDED if bound is None else bound, self._options.stages
+                )
             if plan is None:
                 raise Refused(
                     f"one layer of {card.name} takes {(card.layer_bytes + card.edge_bytes) >> 20} MiB, more "
@@ -202,15 +219,23 @@ class Served:
 
     # --- facts
 
+    @property
+    def _key(self) -> str:
+        return stage_key(self._described.fingerprint, self.number)
+
     def _publish(self, fact: StageFact) -> None:
         self._fact = fact
-        self._board.publish(stage_key(self._described.fingerprint), msgspec.msgpack.encode(fact))
+        self._board.publish(self._key, msgspec.msgpack.encode(fact))
 
     def _withdraw(self) -> None:
+        """Take the stage back, and the model with the last of its stages."""
+        if self._fact is None:
+            return
         self._fact = None
-        if self._card is not None:
-            self._board.withdraw(stage_key(self._card.fingerprint))
-            self._board.withdraw(model_key(self._card.fingerprint))
+        fingerprint = self._described.fingerprint
+        self._board.withdraw(self._key)
+        if all(held.peer != self._me for held in read_holdings(self._board, fingerprint)):
+            self._board.withdraw(model_key(fingerprint))
 
     async def _publish_load(self) -> None:
         """Keep the fact's load and speed true enough."""
@@ -224,6 +249,16 @@ class Served:
                 self._publish(
                     msgspec.structs.replace(fact, sessions=len(stage.sessions), layer_row_s=measured)
                 )
+
+
+def read_holdings(board: Board, fingerprint: str, but: tuple[PeerId, str] | None = None) -> list[Holding]:
+    """Who holds what of a model, and in which state; without the fact of one author and key, if given."""
+    holdings = []
+    for fact in board.facts(stage_key(fingerprint)):
+        stage = read_stage(fact.value)
+        if stage is not None and is_stage_key(fact.key, fingerprint) and (fact.author, fact.key) != but:
+            holdings.append(Holding(fact.author, stage.span, stage.state, stage.standby))
+    return holdings
 
 
 def read_stage(value: bytes | None) -> StageFact | None:

@@ -30,6 +30,8 @@ from mycel.compute.infer.messages import (
     StageStatus,
     StepFrame,
     TokenFrame,
+    name_at,
+    session_of,
 )
 from mycel.compute.infer.rows import Rows, joined, part_of
 from mycel.protocol.errors import Refused
@@ -103,6 +105,11 @@ class StageSession:
     def key(self) -> str:
         """The engine's name for this session; another one after each start afresh."""
         return f"{self.opened.session}/{self._incarnation}"
+
+    @property
+    def id(self) -> str:
+        """The session's id, as its owner knows it."""
+        return session_of(self.opened.session)
 
     @property
     def is_first(self) -> bool:
@@ -356,13 +363,11 @@ class StageSession:
     def _send_rows(self, rows: Rows) -> Send:
         self.sent = rows.end
         opened = self.opened
-        return Send(
-            opened.next,
-            StepFrame(opened.session, opened.epoch, rows.position, rows.rows, None, rows.hidden),
-        )
+        name = name_at(self.id, opened.span.end)
+        return Send(opened.next, StepFrame(name, opened.epoch, rows.position, rows.rows, None, rows.hidden))
 
     def _send_token(self, position: int) -> list[Send]:
         self.sent = position + 1
         opened = self.opened
-        frame = TokenFrame(opened.session, opened.epoch, position, self._tokens[position])
+        frame = TokenFrame(self.id, opened.epoch, position, self._tokens[position])
         return [Send(peer, frame) for peer in dict.fromkeys((opened.next, self.owner))]

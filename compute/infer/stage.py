@@ -98,6 +98,10 @@ class Stage:
                 self.send(session.fail(kind, text))
         self._abandoned.clear()
 
+    def counters(self) -> dict[str, SessionCounters]:
+        """Of each session by its name here, also for a while after its end."""
+        return self.ended | {name: session.counters for name, session in self.sessions.items()}
+
     def totals(self) -> SessionCounters:
         """Counters over all sessions, ended ones included."""
         totals = SessionCounters()

@@ -7,7 +7,7 @@ from collections.abc import Container
 import msgspec
 
 from mycel.compute.engine import ModelCard
-from mycel.compute.infer.messages import ModelFact, stage_key
+from mycel.compute.infer.messages import ModelFact, is_stage_key, stage_key
 from mycel.compute.infer.request import Holder, LayersMissing, ModelStatus, ModelUnknown
 from mycel.compute.infer.route import Offer, missing_layers
 from mycel.compute.infer.served import read_stage
@@ -55,11 +55,11 @@ class SwarmView:
         return max(named, key=lambda status: (status.complete, len(status.holders))).card
 
     def holders(self, card: ModelCard) -> tuple[Holder, ...]:
-        """Peers with a stage of the model, ordered by layers."""
+        """The model's stages and who has them, ordered by layers."""
         holders = []
         for fact in self._board.facts(stage_key(card.fingerprint)):
             stage = read_stage(fact.value)
-            if fact.key == stage_key(card.fingerprint) and stage is not None:
+            if is_stage_key(fact.key, card.fingerprint) and stage is not None:
                 holders.append(Holder(fact.author, stage.span, stage.state))
         return tuple(sorted(holders, key=lambda holder: (holder.span, holder.peer)))
 
@@ -68,9 +68,9 @@ class SwarmView:
         offers = []
         for fact in self._board.facts(stage_key(card.fingerprint)):
             stage = read_stage(fact.value)
-            if fact.key != stage_key(card.fingerprint) or stage is None or stage.state != "ready":
+            if stage is None or stage.state != "ready":
                 continue
-            if stage.span.end <= card.n_layers:
+            if is_stage_key(fact.key, card.fingerprint) and stage.span.end <= card.n_layers:
                 offers.append(
                     Offer(fact.author, stage.span, stage.layer_row_s, stage.sessions, stage.standby)
                 )

@@ -67,11 +67,17 @@ def test_a_spare_is_left_alone_while_others_hold_the_layers() -> None:
     assert spans(plan_route(4, offers, ME, near, avoid=[A])) == [(C, 0, 4)]
 
 
-def test_no_peer_is_on_a_route_twice() -> None:
-    # A holds both ends; the cheapest walk would come back to it.
-    offers = [offer(A, 0, 1), offer(B, 1, 2, layer_row_s=1.0), offer(C, 1, 2)]
-    assert plan_route(3, [*offers, offer(A, 2, 3)], ME, near) is None
-    assert plan_route(3, [*offers, offer(A, 2, 3), offer(D, 2, 3)], ME, near) is not None
+def test_no_stage_is_on_a_route_twice() -> None:
+    # A holds all layers, the last ones slowly; the cheapest walk would come back to it.
+    offers = [offer(A, 0, 3, layer_row_s=0.1), offer(B, 1, 2)]
+    assert spans(plan_route(3, offers, ME, near)) == [(A, 0, 3)]
+    assert spans(plan_route(3, [*offers, offer(C, 2, 3)], ME, near)) == [(A, 0, 1), (B, 1, 2), (C, 2, 3)]
+
+
+def test_a_peer_with_two_stages_may_be_there_with_both() -> None:
+    offers = [offer(A, 0, 1), offer(B, 1, 2), offer(A, 2, 3)]
+    assert spans(plan_route(3, offers, ME, near)) == [(A, 0, 1), (B, 1, 2), (A, 2, 3)]
+    assert spans(plan_route(3, [offer(A, 1, 3), offer(A, 0, 1)], ME, near)) == [(A, 0, 1), (A, 1, 3)]
 
 
 def test_equal_views_give_equal_routes() -> None:
@@ -93,7 +99,19 @@ def test_a_repair_keeps_the_survivors() -> None:
     offers = [offer(A, 0, 2), offer(C, 4, 6), offer(D, 0, 6)]
     assert spans(plan_repair(ROUTE, offers, ME, near, [B])) == [(A, 0, 2), (D, 2, 4), (C, 4, 6)]
     assert spans(plan_repair(ROUTE, offers, ME, near, [B, C])) == [(A, 0, 2), (D, 2, 6)]
-    assert spans(plan_repair(ROUTE, offers, ME, near, [A, C])) == [(D, 0, 6)]  # it cannot be there twice
+    assert spans(plan_repair(ROUTE, offers, ME, near, [A, C])) == [(D, 0, 6)]  # one stage, one span
+
+
+def test_a_survivor_that_took_layers_beside_its_own_keeps_both() -> None:
+    for start, end in ((0, 2), (4, 6)):  # before and behind what is missing
+        route = [stage for stage in ROUTE if stage.span.start != start] + [RouteStage(D, Span(start, end))]
+        held = [offer(stage.peer, stage.span.start, stage.span.end) for stage in route]
+        repaired = plan_repair(
+            sorted(route, key=lambda stage: stage.span), [*held, offer(D, 2, 4)], ME, near, [B]
+        )
+        assert (D, 2, 4) in spans(repaired)
+        assert (D, start, end) in spans(repaired)
+        assert len(spans(repaired)) == 3
 
 
 def test_two_gaps_are_filled_by_two_peers() -> None:
