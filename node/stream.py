@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import outcome
 import trio
+from multiaddr import Multiaddr
 
 from mycel.protocol import multistream
 from mycel.protocol.channel import Channel
@@ -50,6 +51,7 @@ class HostStream:
         "_reader",
         "_receiver",
         "_sender",
+        "on_room",
         "peer",
         "protocol",
     )
@@ -66,6 +68,8 @@ class HostStream:
         self._ended = False
         self._error: MycelError | None = None
         self._asks: multistream.Dialer | None = None
+        self.on_room: Callable[[], None] | None = None
+        """Called when what `offer` kept went out, or never will: offer more, without flushing."""
         self.peer = peer
         self.protocol = protocol
         channel.sink = self._take
@@ -77,6 +81,16 @@ class HostStream:
 
     def __repr__(self) -> str:
         return f"<HostStream {self.protocol} {self.peer} #{self._channel.id}>"
+
+    @property
+    def remote(self) -> Multiaddr:
+        """The other end's address of the connection below."""
+        return self._link.remote
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether the connection below goes through a relay."""
+        return self._link.is_relayed
 
     # Sending
 
@@ -115,6 +129,35 @@ class HostStream:
         if channel.error is not None:
             raise channel.error
 
+    def offer(self, data: memoryview, *, flush: bool = True) -> int:
+        """Send as many leading bytes of `data` as there is room for, and one piece more that waits for it.
+
+        Returns how many were taken, 0 while that piece waits; then `on_room` is called. For those who copy
+        between streams or carry a connection: nothing waits, and little is held. Raises as `send` does.
+        """
+        taken = self._channel.offer(data)
+        if flush:
+            self._link.flush()
+        return taken
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `offer` would take something."""
+        return not self._channel.queued
+
+    def finish(self) -> None:
+        """As `send_eof`, without yielding."""
+        self._channel.finish()
+        self._link.flush()
+
+    def linger(self) -> None:
+        """This side is done: see to it that the peer does not leave the stream half open for long."""
+        self._channel.linger()
+
+    def bound_window(self, count: int) -> None:
+        """Let the receive window grow to `count` bytes at most."""
+        self._channel.window_max = count
+
     def _abort_send(self, _: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
         self._sender = None
         self._channel.withdraw()
@@ -124,6 +167,8 @@ class HostStream:
         task, self._sender = self._sender, None
         if task is not None:
             trio.lowlevel.reschedule(task)
+        if self.on_room is not None:
+            self.on_room()
 
     async def send_eof(self) -> None:
         """See `Stream.send_eof`."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mycel.protocol import yamux
+from mycel.protocol.egress import FRAGMENT_MIN
 from mycel.protocol.errors import MycelError, StreamClosed
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 Sink = Callable[[memoryview | None, MycelError | None], None]
 """Gets (data, None), (None, None) at the end of the stream, (None, error) at its loss."""
+
+
+OFFER_BYTES = 64 * 1024
+"""What `offer` copies of data for which there is no room yet."""
 
 
 def _discard(data: memoryview | None, error: MycelError | None) -> None:
@@ -52,6 +57,7 @@ class Channel:
         "sink",
         "uncredited",
         "window",
+        "window_max",
     )
 
     def __init__(self, session: Session, number: int, *, inbound: bool, now: float) -> None:
@@ -68,6 +74,8 @@ class Channel:
         """Flags that the next frame carries."""
         self.send_window = yamux.INITIAL_WINDOW
         self.window = yamux.ReceiveWindow(now)
+        self.window_max = yamux.SEND_WINDOW_MAX
+        """What the receive window may grow to, within the limits of the connection."""
         self.uncredited = 0
         """Bytes that arrived and were not dealt with yet."""
         self.queued = 0
@@ -113,6 +121,25 @@ class Channel:
         self.prefix = b""
         return True
 
+    def offer(self, data: memoryview) -> int:
+        """Take as many leading bytes of `data` as there is room for, and a copy of `OFFER_BYTES` more.
+
+        While such a copy waits nothing is taken (0); `on_drained` is called when it went out.
+        """
+        self.check_writable()
+        self.flush_prefix()
+        taken, size = 0, len(data)
+        while taken < size and not self.queued:
+            least = min(size - taken, FRAGMENT_MIN)
+            count = min(size - taken, self.send_window, self._egress.room(least))
+            if count < least:
+                piece = bytes(data[taken : taken + OFFER_BYTES])
+                self._push(memoryview(piece), len(piece))
+                return taken + len(piece)
+            self._egress.put(self, data[taken : taken + count], count, end=False)
+            taken += count
+        return taken
+
     def enqueue(self, data: memoryview, *, end: bool = False) -> None:
         """Send all of `data`, borrowed until `on_drained` is called. `end` finishes the stream with it."""
         self.check_writable()
@@ -151,6 +178,10 @@ class Channel:
             self.sink = _discard
             self.finish()
             self._session.linger(self)
+
+    def linger(self) -> None:
+        """Let the peer finish too, within `session.LINGER_S`; then the stream is reset."""
+        self._session.linger(self)
 
     def credit(self, count: int) -> bool:
         """The reader dealt with `count` bytes: the peer may send as many more. True where it is to be told

@@ -48,6 +48,16 @@ class Egress:
         """Whether `fill` may have anything to write."""
         return bool(self._control or self._ready)
 
+    def room(self, least: int) -> int:
+        """Data bytes of one frame that can be written now, behind nobody; less than `least`: none."""
+        if self._ready:
+            return 0
+        room = self._outlet.room() - HEADER_BYTES
+        if room < least:
+            self._outlet.seal()
+            room = self._outlet.room() - HEADER_BYTES
+        return room if room >= least else 0
+
     def put(self, channel: Channel, data: bytes | bytearray | memoryview, size: int, *, end: bool) -> bool:
         """Write `data` as one frame right away; False where it does not fit into the output now."""
         outlet = self._outlet

@@ -187,7 +187,8 @@ class Session:
         if not window.consumed(count) or channel.fin_received:
             return False
         before = window.size
-        spare = min(self._limits.connection_window_max - self._grown, self._limits.stream_window_max - before)
+        most = min(self._limits.stream_window_max, channel.window_max)
+        spare = min(self._limits.connection_window_max - self._grown, most - before)
         delta = window.grant(self._now, self.rtt, self.learned, max(spare, 0))
         self._grown += window.size - before
         self.learned = max(self.learned, window.size)
