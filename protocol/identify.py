@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from mycel.protocol import varint
+from mycel.protocol import envelope, varint
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.keys import OwnKey, PublicKey, peer_id_bytes, peer_id_text
 from mycel.protocol.mesh import PeerId
@@ -32,8 +32,7 @@ ADDRS_MAX = 64
 PROTOCOLS_MAX = 512
 TEXT_MAX = 256
 _ADDR_BYTES_MAX = 1024
-_DOMAIN = b"libp2p-peer-record"
-_PAYLOAD_TYPE = b"\x03\x01"
+_RECORD = envelope.Kind(b"libp2p-peer-record", b"\x03\x01", "peer record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,8 @@ def read(raw: bytes, sender: PublicKey) -> Identity:
     return Identity(
         agent=message.agentVersion[:TEXT_MAX],
         protocols=tuple(name[:TEXT_MAX] for name in message.protocols[:PROTOCOLS_MAX]),
-        listen_addrs=_addrs(message.listenAddrs),
-        observed=next(iter(_addrs([message.observedAddr])), None),
+        listen_addrs=read_addrs(message.listenAddrs),
+        observed=next(iter(read_addrs([message.observedAddr])), None),
         record=record,
     )
 
@@ -106,34 +105,23 @@ def seal_record(key: OwnKey, record: PeerRecord) -> bytes:
         seq=record.seq,
         addresses=[record_pb2.PeerRecord.AddressInfo(multiaddr=addr.to_bytes()) for addr in record.addrs],
     ).SerializeToString()
-    envelope = record_pb2.Envelope(
-        payload_type=_PAYLOAD_TYPE, payload=payload, signature=key.sign(_signed(payload))
-    )
-    envelope.public_key.ParseFromString(key.public.serialized)
-    return envelope.SerializeToString()
+    return envelope.seal(key, _RECORD, payload)
 
 
 def open_record(raw: bytes) -> PeerRecord:
     """The peer record in an envelope. Raises `RemoteProtocolError` unless its own peer signed it."""
+    key, payload = envelope.open_sealed(raw, _RECORD)
     try:
-        envelope = record_pb2.Envelope.FromString(raw)
-        record = record_pb2.PeerRecord.FromString(envelope.payload)
+        record = record_pb2.PeerRecord.FromString(payload)
         peer = peer_id_text(record.peer_id)
-        key = PublicKey(envelope.public_key.SerializeToString())
     except (DecodeError, ValueError) as error:
         raise RemoteProtocolError(f"not a signed peer record: {error}") from None
-    if envelope.payload_type != _PAYLOAD_TYPE or key.peer_id != peer:
+    if key.peer_id != peer:
         raise RemoteProtocolError("an envelope that holds no record of its own signer")
-    if not key.verify(_signed(envelope.payload), envelope.signature):
-        raise RemoteProtocolError("the signature of a peer record does not hold")
-    return PeerRecord(peer, record.seq, _addrs([entry.multiaddr for entry in record.addresses]))
+    return PeerRecord(peer, record.seq, read_addrs([entry.multiaddr for entry in record.addresses]))
 
 
-def _signed(payload: bytes) -> bytes:
-    return varint.prefixed(_DOMAIN) + varint.prefixed(_PAYLOAD_TYPE) + varint.prefixed(payload)
-
-
-def _addrs(raws: Sequence[bytes]) -> tuple[Multiaddr, ...]:
+def read_addrs(raws: Sequence[bytes]) -> tuple[Multiaddr, ...]:
     """Those of `raws` that are addresses, at most `ADDRS_MAX`."""
     addrs = (_addr(bytes(raw)) for raw in raws[:ADDRS_MAX] if 0 < len(raw) <= _ADDR_BYTES_MAX)
     return tuple(addr for addr in addrs if addr is not None)
