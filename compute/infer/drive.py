@@ -8,6 +8,7 @@ others go on from what they have. Whatever else breaks meanwhile only makes it g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -117,7 +118,7 @@ class Drive:
             troubles = await self._next_troubles()
             lost = [trouble.peer for trouble in troubles if trouble.kind in _FINAL and trouble.peer]
             self._refused |= {t.peer: t.text for t in troubles if t.kind == "error" and t.peer}
-            why = "; ".join(dict.fromkeys(trouble.text for trouble in troubles))
+            why = _reasons(troubles)
             recover = any(trouble.kind != "leaving" for trouble in troubles)
             if not troubles or any(trouble.kind in _ASK for trouble in troubles):
                 verdict = await self._ask_all()
@@ -132,13 +133,17 @@ class Drive:
                 await self._take_route(tuple(dict.fromkeys(lost)), why)
 
     async def _next_troubles(self) -> list[Trouble]:
-        """What went wrong; empty when the step's deadline passed."""
+        """What went wrong; empty when the step's deadline passed.
+
+        The deadline moves with every token, of which nobody tells this task; it may have come closer.
+        """
         while not self._troubles:
-            deadline = self.session.deadline(self._ring_rtt())
-            if trio.current_time() >= deadline:
+            deadline, now = self.session.deadline(self._ring_rtt()), trio.current_time()
+            if now >= deadline:
                 return []
             self._wake = trio.Event()
-            with trio.move_on_at(deadline):
+            look_again = now + self.session.timing.step_floor_s if deadline < math.inf else math.inf
+            with trio.move_on_at(min(deadline, look_again)):
                 await self._wake.wait()
         troubles, self._troubles = self._troubles, []
         return troubles
@@ -223,11 +228,13 @@ class Drive:
         }
 
     async def _find_route(self) -> tuple[RouteStage, ...]:
-        """The best route there is; waits a while for somebody to come when there is none.
+        """The best route there is; waits a while for somebody to come when there is none, longer for layers
+        that peers are about to serve.
 
         Peers that did not answer are taken again after a moment, where nobody else can be.
         """
-        since = trio.current_time()
+        began = since = trio.current_time()
+        timing = self.session.timing
         while True:
             now = trio.current_time()
             fresh = [
@@ -240,7 +247,9 @@ class Drive:
                 return route
             if self._refused and self._plan(fresh, forgive=True) is not None:
                 raise GenerationFailed("; ".join(dict.fromkeys(self._refused.values())))
-            if now - since >= self.session.timing.holders_s:
+            if self._services.view.is_coming(self._card, fresh):
+                since = now
+            if now - since >= timing.holders_s or now - began >= timing.loading_s:
                 raise self._services.view.missing(self._card, fresh)
             gone = [peer for peer in self._contact.addrs if self._contact.is_gone(peer)]
             with trio.move_on_after(RETRY_S):
@@ -271,3 +280,11 @@ class Drive:
     def dismiss_all(self) -> None:
         """Tell every stage that ever had the session to free it."""
         self._contact.dismiss()
+
+
+def _reasons(troubles: Sequence[Trouble]) -> str:
+    """What happened, in words; of what several say about one peer the first."""
+    texts: dict[str, str] = {}
+    for trouble in troubles:
+        texts.setdefault(trouble.peer or trouble.text, trouble.text)
+    return "; ".join(texts.values())

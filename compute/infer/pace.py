@@ -35,7 +35,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     stuck_s: float = 120.0
     """A stage that computes one step for this long is replaced."""
     holders_s: float = 10.0
-    """How long to wait for somebody to serve layers that nobody holds."""
+    """How long to wait for somebody to serve layers that nobody holds or is about to."""
+    loading_s: float = 120.0
+    """...and in all, while peers load them."""
     recoveries: int = 12
     """Recoveries in a row without a new token before giving up."""
     replay_exact_steps: int = 512

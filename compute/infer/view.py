@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import msgspec
 
-from mycel.compute.engine import ModelCard
+from mycel.compute.engine import ModelCard, Span
 from mycel.compute.infer.messages import ModelFact, is_stage_key, stage_key
 from mycel.compute.infer.request import Holder, LayersMissing, ModelStatus, ModelUnknown
 from mycel.compute.infer.route import Offer, missing_layers
@@ -100,6 +100,16 @@ class SwarmView:
         addrs = [str(addr) for addr in (*info.listen_addrs, info.addr)]
         return tuple(dict.fromkeys(addr if "/p2p/" in addr else f"{addr}/p2p/{peer}" for addr in addrs))
 
+    def is_coming(self, card: ModelCard, avoid: Container[PeerId]) -> bool:
+        """Whether layers have no ready holder, but peers load all of them or are about to."""
+        ready = [offer for offer in self.offers(card) if offer.peer not in avoid]
+        return bool(missing_layers(card.n_layers, ready)) and not missing_layers(
+            card.n_layers, [*ready, *self._coming(card)]
+        )
+
+    def _coming(self, card: ModelCard) -> list[Holder]:
+        return [holder for holder in self.holders(card) if holder.state in ("claiming", "loading")]
+
     def missing(self, card: ModelCard, avoid: Container[PeerId]) -> LayersMissing:
         """The error that says which layers nobody serves and what to do about it."""
         offers = [offer for offer in self.offers(card) if offer.peer not in avoid]
@@ -109,11 +119,20 @@ class SwarmView:
                 f"the peers in reach hold all layers of {card.name}, but no peer twice on one route covers "
                 f"them; add a holder with: mycel serve {card.name}"
             )
-        named = ", ".join(f"{span.start}:{span.end}" for span in spans)
+        still = missing_layers(card.n_layers, [*offers, *self._coming(card)])
+        if not still:
+            return LayersMissing(
+                f"layers {_named(spans)} of {card.name} are still being loaded; try again in a while, "
+                f"`mycel models` shows when they are there"
+            )
         return LayersMissing(
-            f"nobody in reach serves layers {named} of {card.name} ({card.n_layers} layers); on another peer "
-            f"run: mycel serve {card.name} --layers {spans[0].start}:{spans[0].end}"
+            f"nobody in reach serves layers {_named(still)} of {card.name} ({card.n_layers} layers); on "
+            f"another peer run: mycel serve {card.name} --layers {still[0].start}:{still[0].end}"
         )
+
+
+def _named(spans: Sequence[Span]) -> str:
+    return ", ".join(f"{span.start}:{span.end}" for span in spans)
 
 
 def _card(value: bytes | None) -> ModelCard | None:

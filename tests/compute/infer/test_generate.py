@@ -10,7 +10,7 @@ import torch
 import trio
 from transformers import AutoModelForCausalLM
 
-from mycel.compute.engine import Sampling, Span
+from mycel.compute.engine import Sampling, Span, StageSpec
 from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.request import (
     GenerateRequest,
@@ -20,6 +20,7 @@ from mycel.compute.infer.request import (
     RequestInvalid,
 )
 from mycel.compute.infer.serve import ORPHAN_S
+from mycel.compute.inline import InlineEngine
 
 PROMPT = tuple(b"def f(x):")
 
@@ -217,6 +218,34 @@ async def test_a_generation_waits_a_while_for_missing_layers(
         nursery.start_soon(come)
         pieces, _ = await pieces_of(owner, request_of())
         assert len(ids(pieces)) == 24
+
+
+async def serve_slowly(node: Any, model: Path, seconds: float) -> None:
+    spec = StageSpec(str(model), Span(3, 4), dtype="float32", device="cpu")
+    await node.stages.serve(spec, lambda: InlineEngine(load_s=seconds))
+
+
+async def test_a_generation_waits_longer_for_layers_that_load(
+    autojump_clock: Any, swarm: Any, llama: Path, reference: Any
+) -> None:
+    async with swarm() as s, trio.open_nursery() as nursery:
+        owner, *_ = await s.stages(llama, [0, 1, 3])
+        nursery.start_soon(serve_slowly, await s.add(), llama, 60.0)
+        pieces, _ = await pieces_of(owner, request_of())
+        assert ids(pieces) == reference(llama, PROMPT, 24)
+        assert trio.current_time() > 60
+
+
+async def test_layers_that_load_for_too_long_are_told_from_missing_ones(
+    autojump_clock: Any, swarm: Any, llama: Path
+) -> None:
+    async with swarm() as s, trio.open_nursery() as nursery:
+        owner, *_ = await s.stages(llama, [0, 1, 3], timing=Timing(loading_s=30.0))
+        nursery.start_soon(serve_slowly, await s.add(), llama, 60.0)
+        with pytest.raises(LayersMissing, match="layers 3:4 of tiny-llama are still being loaded"):
+            await pieces_of(owner, request_of())
+        assert 30 < trio.current_time() < 35
+        nursery.cancel_scope.cancel()
 
 
 async def test_losing_the_only_holder_ends_with_that_error(
