@@ -212,21 +212,14 @@ async def test_a_slow_stage_is_left_to_its_work(
 async def test_a_silent_death_early_in_a_session_is_noticed_by_its_pace(
     autojump_clock: Any, swarm: Any, llama: Any, reference: Any
 ) -> None:
-    """The first step is slow (all is cold), so the first deadline is far off; the pace brings it near."""
+    """Before the pace is known the deadline is the longest there is; then it must come nearer."""
     async with swarm() as s:
         owner, _, middle, _, _ = await s.stages(llama, [0, 1, 3, 4], spares=1)
-        steps: list[float] = []
-
-        def cold_at_first(works: Any) -> float:
-            steps.append(trio.current_time())
-            return 0.5 if len(steps) == 1 else 0.002
-
-        middle.cost = cold_at_first
-        tokens, report = await run_with(owner, request_of(), 8, middle.silence)
+        tokens, report = await run_with(owner, request_of(), 5, middle.silence)
         assert tokens == reference(llama, PROMPT, COUNT)
         [failover] = report.failovers
         timing = Timing()
-        assert failover.stall_s < 2 * timing.step_floor_s + timing.probe_s + 0.2
+        assert failover.stall_s < 2 * timing.step_floor_s + timing.probe_s + 0.2 < timing.step_cap_s + 0.2
 
 
 async def test_a_hung_stage_is_replaced_in_the_end(
