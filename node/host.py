@@ -278,6 +278,10 @@ class Host:
             await self._connector.shake(pipe, expected=expected, dialer=dialer)
         )
 
+    async def links_changed(self) -> None:
+        """Park until a link to any peer opened, drained or ended, or a peer settled; maybe until less."""
+        await self._roster.changed.park()
+
     def carry_circuits(self, dial: CircuitDial) -> None:
         """From now on relayed addresses are dialled by `dial`."""
         self._connector.dial_circuit = dial
@@ -319,6 +323,11 @@ class Host:
     def take_streams(self, protocol: str, taker: StreamTaker, *, access: Access = Access.MEMBER) -> None:
         """See `Mesh.take_streams`. Raises `LocalProtocolError` where `protocol` is served already."""
         self._serve(protocol, Service(None, access, taker))
+
+    def stop_serving(self, protocol: str) -> None:
+        """Take no more streams of `protocol`, and tell others. Nothing happens where it is not served."""
+        if self.services.pop(protocol, None) is not None and self._nursery is not None:
+            self._settling.stale = True
 
     def _serve(self, protocol: str, service: Service) -> None:
         if protocol in self.services:

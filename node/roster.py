@@ -29,7 +29,7 @@ class Roster:
         self.peers: dict[PeerId, PeerInfo] = {}
         """Peers that are up."""
         self.changed = trio.lowlevel.ParkingLot()
-        """Unparked whenever a peer settles or a link ends."""
+        """Unparked whenever a link opens, drains or ends, or a peer settles."""
 
     def get(self, peer: PeerId) -> Peering | None:
         """The peer's peering, up or not."""
@@ -49,6 +49,7 @@ class Roster:
             peering = self._peerings[link.peer] = Peering(self._own, link.peer)
         peering.add(link)
         self._refresh(peering)
+        self.changed.unpark_all()
         return peering
 
     def settle(self, peering: Peering, access: Access) -> None:
@@ -72,6 +73,7 @@ class Roster:
         peering = self._peerings.get(link.peer)
         if peering is not None:
             self._refresh(peering)
+            self.changed.unpark_all()
 
     def remove(self, link: Link, lost: ConnectionLost) -> None:
         """A link ended; the last one takes the peer down."""
