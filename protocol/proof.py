@@ -35,6 +35,10 @@ def proof_key(asks: PeerId, answers: PeerId, shares: tuple[bytes, bytes]) -> byt
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(shares[0] + shares[1])
 
 
+class Stranger(RemoteProtocolError):
+    """Whoever is at the other end is not the peer of this exchange."""
+
+
 class Proof:
     """One side's proof on one socket.
 
@@ -54,16 +58,16 @@ class Proof:
         """Whether the socket is the one: for the asking side, whether it may choose it."""
 
     def receive(self, data: bytes) -> bytes:
-        """`needs` bytes came; returns what to send. Raises `RemoteProtocolError` for a stranger."""
+        """`needs` bytes came; returns what to send. Raises `Stranger`."""
         if self.is_proven:
             if data != CHOSEN:
-                raise RemoteProtocolError("a punched socket was not chosen in the due way")
+                raise Stranger("a punched socket was not chosen in the due way")
             self.needs, self.is_done = 0, True
             return b""
         nonce = self._nonce if self.asks else data[:NONCE_BYTES]
         due = self._tag(b"answers" if self.asks else b"asks", nonce)
         if not hmac.compare_digest(due, data if self.asks else data[NONCE_BYTES:]):
-            raise RemoteProtocolError("a stranger is on the punched port: its proof does not hold")
+            raise Stranger("a stranger is on the punched port: its proof does not hold")
         self.is_proven = True
         self.needs, self.is_done = (0, True) if self.asks else (len(CHOSEN), False)
         return b"" if self.asks else self._tag(b"answers", nonce)

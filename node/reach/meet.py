@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import trio
 from multiaddr import Multiaddr
 
+from mycel.node.reach.exchange import receive_exactly, send_all
 from mycel.protocol.address import endpoint_of
 from mycel.protocol.errors import AddressError, DialError, PipeBroken, RemoteProtocolError
 from mycel.protocol.limits import PunchLimits
 from mycel.protocol.network import Listener, Network, Pipe
-from mycel.protocol.proof import CHOSEN, Proof
+from mycel.protocol.proof import CHOSEN, Proof, Stranger
 
 FAMILIES = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 
@@ -129,17 +130,17 @@ class Meeting:
         self._in_proof += 1
         try:
             with trio.move_on_after(self._limits.proof_s) as patience:
-                await _send(pipe, proof.outgoing)
+                await send_all(pipe, proof.outgoing)
                 while not proof.is_done:
-                    answer = proof.receive(await _receive(pipe, proof.needs))
+                    answer = proof.receive(await receive_exactly(pipe, proof.needs))
                     if proof.is_proven:
                         patience.deadline = self._scope.deadline  # the other side chooses in its own time
-                    await _send(pipe, answer)
+                    await send_all(pipe, answer)
                 if self._chosen is None:
                     self._choose(pipe, proof)
-        except RemoteProtocolError:
+        except Stranger:
             self.strangers += 1
-        except PipeBroken:
+        except (PipeBroken, RemoteProtocolError):
             pass  # gone before it was proven: the next one may hold
         finally:
             self._in_proof -= 1
@@ -152,27 +153,3 @@ class Meeting:
             return  # a fresh socket takes a byte, or it is none
         self._chosen = pipe
         self._scope.cancel()
-
-
-async def _send(pipe: Pipe, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        count = pipe.try_send(view)
-        view = view[count:]
-        if view:
-            await pipe.wait_writable()
-
-
-async def _receive(pipe: Pipe, count: int) -> bytes:
-    """Exactly `count` bytes. Raises `PipeBroken` where the other end closes before."""
-    data = bytearray(count)
-    got = 0
-    while got < count:
-        piece = pipe.try_recv_into(memoryview(data)[got:])
-        if piece is None:
-            await pipe.wait_readable()
-        elif piece == 0:
-            raise PipeBroken("closed by the other end before its proof was whole")
-        else:
-            got += piece
-    return bytes(data)
