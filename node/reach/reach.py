@@ -28,6 +28,7 @@ from mycel.node.contacts import Contacts
 from mycel.node.host import Host
 from mycel.node.reach.echo import Echo
 from mycel.node.reach.outward import Outward, ip_of
+from mycel.node.reach.upgrade import Upgrader
 from mycel.protocol.rpc import Rpc
 
 
@@ -44,7 +45,7 @@ class Reach:
         self.echo = Echo(host, network)
         # R1: self.relay = RelayServer(host, ...); self.circuits = RelayClient(host, ...);
         #     its Reservations call self.changed whenever .addrs changed.
-        # R3: self.upgrade = Upgrader(host, network, self.echo, ...)
+        self.upgrade = Upgrader(host, network, self.echo, public=self.public)
         # R6: self.lan = Lan(...), self.port_mapper = PortMapper(..., on_change=self.changed)
 
     @property
@@ -58,7 +59,8 @@ class Reach:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.echo.run)
             # R1: await nursery.start(self.relay.run); await nursery.start(self.circuits.run)
-            # R3: await nursery.start(self.upgrade.run)
+            if not self.is_local:
+                await nursery.start(self.upgrade.run)
             # R6: if not self.is_local: nursery.start_soon(self.lan.run), ...(self.port_mapper.run)
             self._settle()
             task_status.started()
@@ -70,6 +72,11 @@ class Reach:
     def changed(self) -> None:
         """Something was found out: decide again. Never blocks."""
         self._wake.set()
+
+    def public(self) -> Sequence[Multiaddr]:
+        """Where everybody can dial this node, as far as is known; peers behind a relay use it first."""
+        return []
+        # R2: the bound addresses where the verdict is public; R6: + self.port_mapper.addrs
 
     def _settle(self) -> None:
         """What follows from what is known: addresses told, relays wanted, relaying for others."""
