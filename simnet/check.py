@@ -50,5 +50,5 @@ class Checks:
     def at_end(self, machines: Iterable[Machine]) -> None:
         """A machine that is off holds nothing."""
         for machine in machines:
-            if not machine.is_on and (machine.pipes or machine.listeners):
+            if not machine.is_on and (machine.pipes or machine.listeners or machine.tcp.openings):
                 self._fail(f"{machine} is off and still holds {machine.pipes} {machine.listeners}")

@@ -24,6 +24,7 @@ from mycel.simnet.link import extra_delay
 
 if TYPE_CHECKING:
     from mycel.simnet.machine import Machine
+    from mycel.simnet.wire import Path
 
 RETRANSMIT_S = 0.2
 """First retransmission timeout; each next one is double (RFC 6298)."""
@@ -50,7 +51,7 @@ class Flow:
     with the reason when the sender reset, `on_stray` when data came that nobody will read.
     """
 
-    def __init__(self, name: str, source: Machine, target: Machine) -> None:
+    def __init__(self, name: str, source: Machine, target: Machine, path: Path) -> None:
         self.name = name
         self.source = source
         self.target = target
@@ -59,10 +60,10 @@ class Flow:
         self.on_reset: Callable[[str], None] = lambda why: None
         self.on_stray: Callable[[], None] = lambda: None
         self._internet = source.internet
-        self._local = source is target
-        self._latency = self._internet.latency(source, target)
-        self._uplink = source.inside if self._local else source.uplink
-        self._downlink = target.inside_down if self._local else target.downlink
+        self._path = path
+        self._latency = path.latency_s
+        self._uplink = path.uplink
+        self._downlink = path.downlink
         capacity = min(self._uplink.bytes_per_s, self._downlink.bytes_per_s)
         product = 2 * capacity * 2 * self._latency if capacity < math.inf else math.inf
         buffers = self._internet.options.buffers
@@ -216,7 +217,8 @@ class Flow:
     # -- on the way --------------------------------------------------------------------------------------
 
     def _set_out(self, kind: str, pieces: list[bytes], size: int, seconds: float) -> None:
-        late = extra_delay(self.source.link, 2 * self._latency, self._internet.rng)
+        rng = self._internet.rng
+        late = sum(extra_delay(link, 2 * self._latency, rng) for link in self._path.links)
         first = max(trio.current_time() + self._latency + late, self._last_first)
         self._last_first = first
         if self._downlink.bytes_per_s == math.inf:
@@ -231,7 +233,7 @@ class Flow:
         self._internet.timeline.at(self._last_arrival, self._arrive, kind, pieces, size)
 
     def _arrive(self, kind: str, pieces: list[bytes], size: int) -> None:
-        if self._held or self._internet.is_cut(self.source, self.target):
+        if self._held or not self._passes(kind):
             if not self._held:
                 self._held_since = trio.current_time()
                 self._internet.hold(self)
@@ -239,18 +241,23 @@ class Flow:
         else:
             self._land(kind, pieces, size)
 
+    def _passes(self, kind: str) -> bool:
+        """Whether what arrives now gets through; a box on the way may have forgotten the connection."""
+        if self._internet.is_cut(self.source, self.target):
+            return False
+        crossing = self._path.crossing
+        return crossing is None or crossing.passes(kind.partition(" ")[0])
+
     def retry(self) -> None:
         """Something healed: the sender's next retransmission will tell."""
         when = retransmission_after(self._held_since, trio.current_time())
         self._internet.timeline.at(when, self._retransmit)
 
     def _retransmit(self) -> None:
-        if self._internet.is_cut(self.source, self.target):
-            return
-        held, self._held = self._held, deque()
-        self._internet.let_go(self)
-        for kind, pieces, size in held:
-            self._land(kind, pieces, size)
+        while self._held and self._passes(self._held[0][0]):
+            self._land(*self._held.popleft())
+        if not self._held:
+            self._internet.let_go(self)
 
     # -- the receiver's kernel ---------------------------------------------------------------------------
 

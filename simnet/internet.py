@@ -7,8 +7,11 @@
 Everything that happens is drawn from the seed and noted in `trace`; invariant checkers watch it. Addresses
 are public-looking (11.0.0.0/8 and 2a0a:ffff::/32): nothing here leaves this process.
 
-Networks behind NATs will be packet handlers between a machine and the internet; `find` and `is_cut` are the
-two questions they will answer for their machines.
+    home = net.add("h", behind=net.add_nat("box", PORT_RESTRICTED))
+
+A box (`mycel.simnet.nat` has the kinds) is a packet handler between the machines behind it and the network
+that it is plugged into, which may be the inside of another box. `add_site` builds a whole way to be
+connected.
 """
 
 from __future__ import annotations
@@ -16,18 +19,24 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
+from mycel.simnet.box import CARRIER_NET, HOME_NET, Box, Lan
 from mycel.simnet.check import Checks
 from mycel.simnet.clock import Timeline
 from mycel.simnet.events import Trace
 from mycel.simnet.flow import Flow
 from mycel.simnet.link import LinkOptions
 from mycel.simnet.machine import Machine
+from mycel.simnet.nat import KINDS, NatKind
+from mycel.simnet.wire import Wire
 
 LOOPBACK_LATENCY_S = 25e-6
+
+HOME_LINE = LinkOptions(latency_s=0.0002)
+"""Between a machine and the box of its home, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,37 +73,92 @@ class Internet:
         self.machines: dict[str, Machine] = {}
         self.names: dict[str, Sequence[str]] = {}
         """Host names and the IP addresses they resolve to."""
-        self._by_ip: dict[str, Machine] = {}
+        self.boxes: dict[str, Box] = {}
+        self.public = Lan("", None)
+        self.wire = Wire(self)
         self._cuts: dict[tuple[str, str], None] = {}
         self._latency: dict[tuple[str, str], float] = {}
         self._holding: dict[Flow, None] = {}
         self._started = trio.current_time()
 
-    def add(self, name: str, *, link: LinkOptions | None = None, ips: Sequence[str] = ()) -> Machine:
-        """A new machine, with an IPv4 and an IPv6 address where none are given."""
+    def add(
+        self,
+        name: str,
+        *,
+        link: LinkOptions | None = None,
+        ips: Sequence[str] = (),
+        behind: Box | None = None,
+    ) -> Machine:
+        """A new machine on the internet, or `behind` a box.
+
+        Where no addresses are given it has a public IPv4 and IPv6 one, behind a box an IPv4 one of the
+        network inside (a public one behind a box that does not translate).
+        """
         if name in self.machines:
             raise ValueError(f"there is a machine called {name} already")
-        index = len(self.machines) + 1
-        given = ips or (f"11.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}", f"2a0a:ffff::{index:x}")
-        machine = Machine(self, name, given, link or self.options.link)
+        if behind is None:
+            number = len(self.machines) + 1
+            ip = f"11.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+            lan, line, given = self.public, self.options.link, ips or (ip, f"2a0a:ffff::{number:x}")
+        else:
+            lan, line, given = behind.inside, HOME_LINE, ips or (behind.new_inner_ip(),)
+        machine = Machine(self, name, lan, given, link or line)
         self.machines[name] = machine
         for ip in given:
-            self._by_ip[ip] = machine
+            lan.stations[ip] = machine
         return machine
 
-    def find(self, ip: str) -> Machine | None:
-        """The machine that answers to `ip`."""
-        return self._by_ip.get(ip)
+    def add_nat(
+        self,
+        name: str,
+        kind: NatKind,
+        *,
+        behind: Box | None = None,
+        link: LinkOptions | None = None,
+        net: str = HOME_NET,
+    ) -> Box:
+        """A new box on the internet, or `behind` another.
 
-    def latency(self, a: Machine, b: Machine) -> float:
-        """One-way seconds between two machines."""
+        `net`: how addresses inside begin, 192.168.1 in all homes alike unless told otherwise.
+        """
+        if name in self.boxes:
+            raise ValueError(f"there is a box called {name} already")
+        if behind is None:
+            index = len(self.boxes) + 1
+            at = self.public, f"11.{128 + (index >> 8)}.{index & 255}.1"
+        else:
+            if behind.inside.net == net:
+                raise ValueError(f"{name} would have {net}.x on both sides; give the outer box another net")
+            at = behind.inside, behind.new_inner_ip()
+        self.boxes[name] = Box(
+            self, name, kind, at, link or self.options.link, net if kind.translates else ""
+        )
+        return self.boxes[name]
+
+    def add_site(self, name: str, kind: str, *, homes: int = 1, hairpin: bool = False) -> list[Machine]:
+        """Machines that are connected in one of the ways of `KINDS`, all behind the same boxes.
+
+        One machine is called like the site; several have `.0`, `.1`, ... appended.
+        """
+        box: Box | None = None
+        boxes = KINDS[kind]
+        for place in reversed(range(len(boxes))):
+            nature = replace(boxes[place], hairpin=hairpin)
+            net = CARRIER_NET if place else HOME_NET
+            line = HOME_LINE if box is not None else None
+            box = self.add_nat(f"{name} box {place}", nature, behind=box, net=net, link=line)
+        names = [name] if homes == 1 else [f"{name}.{place}" for place in range(homes)]
+        return [self.add(one, behind=box) for one in names]
+
+    def latency(self, a: Machine | Box, b: Machine | Box) -> float:
+        """One-way seconds between two machines or boxes of one network."""
         if a is b:
             return LOOPBACK_LATENCY_S
         fixed = self._latency.get((min(a.name, b.name), max(a.name, b.name)))
         return a.link.latency_s + b.link.latency_s if fixed is None else fixed
 
-    def set_latency(self, a: Machine, b: Machine, seconds: float) -> None:
-        """Fix the one-way latency of a pair, for connections made from now on."""
+    def set_latency(self, a: Machine | Box, b: Machine | Box, seconds: float) -> None:
+        """Fix the one-way latency of a pair on one network, for connections made from now on."""
         self._latency[min(a.name, b.name), max(a.name, b.name)] = seconds
 
     def is_cut(self, a: Machine, b: Machine) -> bool:

@@ -13,10 +13,13 @@ from multiaddr import Multiaddr
 from mycel.protocol.address import tcp_addr
 from mycel.protocol.errors import AddressError, PipeBroken
 from mycel.simnet.link import Downlink, LinkOptions, Uplink
+from mycel.simnet.packet import Address
 from mycel.simnet.park import Park
-from mycel.simnet.pipe import Address, SimPipe
+from mycel.simnet.pipe import SimPipe
+from mycel.simnet.tcp import Key, Tcp
 
 if TYPE_CHECKING:
+    from mycel.simnet.box import Lan
     from mycel.simnet.internet import Internet
 
 BACKLOG = 512
@@ -85,11 +88,14 @@ class SimListener:
 
 
 class Machine:
-    """A computer with a line to the internet and one or more addresses."""
+    """A computer with one or more addresses and a line to a network: the internet, or the inside of a box."""
 
-    def __init__(self, internet: Internet, name: str, ips: Sequence[str], link: LinkOptions) -> None:
+    def __init__(
+        self, internet: Internet, name: str, lan: Lan, ips: Sequence[str], link: LinkOptions
+    ) -> None:
         self.internet = internet
         self.name = name
+        self.lan = lan
         self.ips = tuple(ips)
         self.link = link
         self.uplink = Uplink(internet.timeline, link.up_bytes_per_s)
@@ -101,8 +107,9 @@ class Machine:
         self.is_paused = False
         self.has_died = False
         """Whether its programs were ever killed."""
+        self.tcp = Tcp(self)
         self._listeners: dict[Address, SimListener] = {}
-        self._pipes: dict[tuple[Address, Address], SimPipe] = {}
+        self._pipes: dict[Key, SimPipe] = {}
         self._programs: list[trio.CancelScope] = []
         self._next_port = 0
 
@@ -137,7 +144,9 @@ class Machine:
 
     def free_port(self) -> int:
         """An ephemeral port that nothing here uses. Raises `AddressError` when there is none."""
-        used = {at[1] for at in self._listeners} | {near[1] for near, _ in self._pipes}
+        used = {at[1] for at in self._listeners}
+        used.update(near[1] for near, _ in self._pipes)
+        used.update(near[1] for near, _ in self.tcp.openings)
         for _ in PORTS:
             port = PORTS[self._next_port % len(PORTS)]
             self._next_port += 1
@@ -181,9 +190,14 @@ class Machine:
             raise AddressError(f"Cannot assign requested address {wanted[0]} on {self.name}")
         near = (ip if wanted[0] in ANY else wanted[0], wanted[1] or self.free_port())
         listener = self.listener_at(*near)
-        if (listener is not None and not listener.shared) or (near, target) in self._pipes:
+        taken = (near, target) in self._pipes or (near, target) in self.tcp.openings
+        if taken or (listener is not None and not listener.shared):
             raise AddressError(f"Address already in use: {tcp_addr(*near)}")
         return near
+
+    def pipe_at(self, key: Key) -> SimPipe | None:
+        """The connection between two addresses, this machine's own first."""
+        return self._pipes.get(key)
 
     def own_pipe(self, pipe: SimPipe) -> None:
         """A connection has its end here."""
@@ -257,5 +271,6 @@ class Machine:
         # In the same breath: what a dying program still wants to say must reach nobody.
         for listener in self.listeners:
             listener.close()
+        self.tcp.drop_all(why)
         for pipe in self.pipes:
             pipe.die(why, reset=reset)

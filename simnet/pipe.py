@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -13,28 +14,26 @@ from mycel.simnet.flow import Flow
 from mycel.simnet.park import Park
 
 if TYPE_CHECKING:
-    from mycel.simnet.machine import Machine
-
-Address = tuple[str, int]
-"""An IP address and a port."""
+    from mycel.simnet.tcp import Opening
 
 
 class SimPipe:
     """One end of a connection: a flow out, a flow in, and who waits for them."""
 
-    def __init__(self, machine: Machine, local: Address, remote: Address, out: Flow, into: Flow) -> None:
-        self.machine = machine
-        self.near = local
-        self.far = remote
+    def __init__(self, opening: Opening, out: Flow, into: Flow) -> None:
+        self.opening = opening
+        self.machine = opening.machine
+        self.near = opening.near
+        self.far = opening.far
         self._out = out
         self._into = into
         self._why: str | None = None
         self._reset_by_peer: str | None = None
-        self._readable = Park(f"data from {remote[0]}:{remote[1]}")
-        self._writable = Park(f"room towards {remote[0]}:{remote[1]}")
+        self._readable = Park(f"data from {self.far[0]}:{self.far[1]}")
+        self._writable = Park(f"room towards {self.far[0]}:{self.far[1]}")
         out.on_room = self._writable.wake
         into.on_news = self._readable.wake
-        into.on_reset = self._on_reset
+        into.on_reset = self.on_reset
         into.on_stray = self._on_stray
 
     def __repr__(self) -> str:
@@ -49,6 +48,14 @@ class SimPipe:
     def remote(self) -> Multiaddr:
         """See `Pipe.remote`."""
         return tcp_addr(*self.far)
+
+    def await_first(self, act: Callable[[], None]) -> None:
+        """The handshake has an end to go: `act` when something arrives before it is told to be complete."""
+        self._into.on_news = act
+
+    def open(self) -> None:
+        """The handshake is complete."""
+        self._into.on_news = self._readable.wake
 
     @property
     def is_open(self) -> bool:
@@ -155,11 +162,12 @@ class SimPipe:
         if self.is_writable:
             self._writable.wake()
 
-    def _on_reset(self, why: str) -> None:
+    def on_reset(self, why: str) -> None:
+        """The other end, or a box on the way, reset the connection."""
         if self._reset_by_peer is None:
             self._reset_by_peer = why
             self._out.forget()
-            self._writable.wake()
+            self.wake()
 
     def _on_stray(self) -> None:
         """Data for a closed end. Once all of ours is through, the kernel answers with a reset."""
