@@ -127,6 +127,11 @@ class Config:
     layers_wait_s: float = 5.0
     """How long a generation waits for somebody to hold layers that nobody holds, before it fails."""
 
+    rescue_s: float = 1.0
+    """How long layers of a model that this node serves must have been without any holder before it takes
+    them beside its own, where `memory_bytes` allows and `assign` is on. Shorter than `layers_wait_s`, so that
+    generations wait for it. 0: never."""
+
     leave_s: float = 3.0
     """How long a node that is stopped stays to let sessions move to others. Ctrl-C twice skips it."""
 
@@ -152,7 +157,7 @@ class Config:
             parse_model_layers(item)
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        for name in ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s"):
+        for name in ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s", "rescue_s"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.redial_s <= self.redial_max_s, "redial_max_s", self.redial_max_s, "at least redial_s")
         _check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", self.device,
@@ -188,6 +193,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "redial_s": 0.1,
         "redial_max_s": 2.0,
         "layers_wait_s": 3.0,
+        "rescue_s": 0.5,
     },
     "lan": {},
     "wan": {
@@ -198,6 +204,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "redial_s": 2.0,
         "redial_max_s": 120.0,
         "layers_wait_s": 20.0,
+        "rescue_s": 5.0,
         "leave_s": 10.0,
     },
 }

@@ -8,7 +8,8 @@
     stages      this node's layers at work for everybody
     generator   sessions that this node owns
     gather      dials contacts, learns of more
-    lender      stages by the owner's order and the swarm's need
+    lender      stages by the owner's order
+    assigner    stages by the swarm's need
 
 `run` is the same for a real node and for thirty of them in one simulated process: it reads no environment and
 no file, starts no thread and no server, and takes network, keys, memory and engines from its caller. Faces
@@ -28,13 +29,13 @@ import msgspec
 import trio
 from multiaddr import Multiaddr
 
-from mycel.compute.engine import EngineLost, ModelUnsupported, Span
 from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.links import Links
 from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.serve import StageServer
 from mycel.dht.board import PushBoard
-from mycel.node.config import Config, parse_model_layers
+from mycel.node.assign import Assigner
+from mycel.node.config import Config
 from mycel.node.contacts import Contacts
 from mycel.node.gather import Gather
 from mycel.node.host import Host
@@ -45,7 +46,7 @@ from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
 from mycel.protocol.address import endpoint_of, peer_of
 from mycel.protocol.chain import Chain
-from mycel.protocol.errors import AddressError, MycelError
+from mycel.protocol.errors import AddressError
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.membership import Credentials, Membership
 from mycel.protocol.mesh import PeerId
@@ -101,7 +102,8 @@ async def run(
     generator = Generator(links, rpc, board, Timing(holders_s=config.layers_wait_s))
     contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
     _learn_bootstrap(config, papers, contacts)
-    lender = Lender(config, engines, stages, generator)
+    lender = Lender(config, engines, stages)
+    assigner = Assigner(config, lender, generator, board, host.peer_id)
     gather = Gather(host, rpc, contacts, papers.memory)
     reach = Reach(config, outward, host, rpc, contacts)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach)
@@ -115,7 +117,7 @@ async def run(
         await nursery.start(generator.run)
         await nursery.start(gather.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
-        nursery.start_soon(_serve_configured, config, lender)
+        nursery.start_soon(_lend, config, lender, assigner)
         task_status.started(node)
         await node.stopping.wait()
         await stages.leave(config.leave_s)
@@ -172,13 +174,9 @@ def _learn_bootstrap(config: Config, papers: Papers, contacts: Contacts) -> None
         contacts.learn(peer, known, trio.current_time(), lasting=True)
 
 
-async def _serve_configured(config: Config, lender: Lender) -> None:
+async def _lend(config: Config, lender: Lender, assigner: Assigner) -> None:
     """What the config names, then what the swarm needs."""
-    for item in config.serve:
-        model, layers = parse_model_layers(item)
-        try:
-            await lender.serve(model, Span(*layers) if layers else None)
-        except (MycelError, FileNotFoundError, ModelUnsupported, EngineLost) as error:
-            log.error("%s is not served: %s", item, error)
-    if config.assign:
-        await lender.assign()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lender.serve_configured)
+        if config.assign:
+            nursery.start_soon(assigner.run)

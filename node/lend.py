@@ -1,11 +1,9 @@
-"""What this node lends: engines with stages in them, by order of its owner or by the swarm's need.
+"""What this node lends: engines with stages in them.
 
 Each stage has an engine of its own, which the stage service keeps alive; where no layers are named it plans
-them from what the board shows to be missing.
-
-**Assignment.** Unless its owner turned it off, a node looks at the models that the swarm runs, and takes
-layers of each that it can find on this machine: in the folders that its config names, or on the hub if that
-was allowed. A model is the same one only if its fingerprint is.
+them from what the board shows to be missing. What the config names is loaded at the start, and tried again
+when that fails: a disk may be mounted late, a checkpoint may still be copied. What the swarm needs beyond
+that is the business of `mycel.node.assign`.
 """
 
 from __future__ import annotations
@@ -18,31 +16,24 @@ from pathlib import Path
 
 import trio
 
-from mycel.compute.engine import (
-    Engine,
-    EngineLost,
-    ModelCard,
-    ModelUnsupported,
-    Span,
-    StageInfo,
-    StageSpec,
-)
-from mycel.compute.infer.generate import Generator
+from mycel.compute.engine import Engine, EngineLost, ModelUnsupported, Span, StageInfo, StageSpec
 from mycel.compute.infer.serve import ServeOptions, StageServer
 from mycel.compute.supervise import EngineEvent, Loading, Lost, Ready
-from mycel.node.config import Config
+from mycel.node.config import Config, parse_model_layers
 from mycel.node.views import StageView
-from mycel.protocol.errors import MycelError
+from mycel.protocol.errors import MycelError, Refused
 
 log = logging.getLogger("mycel.node")
 
 EngineFactory = Callable[[], Engine]
 """Starts an engine and returns at once."""
 
-SETTLE_S = 0.5
-"""How long a node waits after the board changed before it looks what the swarm needs: news come in bursts."""
 RETRY_S = 60.0
-"""Pause before a model that could not be taken is tried again."""
+"""The longest pause before a model that could not be served is tried again."""
+RETRY_FIRST_S = 2.0
+"""The first; each further one is twice as long."""
+FAILURES = (MycelError, FileNotFoundError, ModelUnsupported, EngineLost)
+"""Why a model cannot be served."""
 
 
 @dataclass(slots=True)
@@ -50,6 +41,8 @@ class Lent:
     """One stage that this node lends or is about to."""
 
     model: str
+    place: str
+    """Where the model is: a folder, or a hub id."""
     span: Span | None
     state: str = "starting"
     info: StageInfo | None = None
@@ -82,15 +75,12 @@ class Lent:
 class Lender:
     """The service. `losses` counts workers that died."""
 
-    def __init__(
-        self, config: Config, engines: EngineFactory, stages: StageServer, generator: Generator
-    ) -> None:
+    def __init__(self, config: Config, engines: EngineFactory, stages: StageServer) -> None:
         self._config = config
         self._engines = engines
         self._stages = stages
-        self._generator = generator
-        self._lent: list[Lent] = []
-        self._tried: dict[str, float] = {}
+        self.lent: list[Lent] = []
+        """In order of asking."""
         self.losses = 0
 
     async def serve(self, model: str, span: Span | None) -> Lent:
@@ -99,12 +89,42 @@ class Lender:
         `model` is a folder, a name in one of the config's folders, or a hub id. Raises `FileNotFoundError`,
         `ModelUnsupported`, `EngineLost`, and what the stage service refuses.
         """
-        return await self._lend(model, self._place(model), span, None)
+        return await self.lend(Lent(model, self._place(model), span))
 
-    async def _lend(self, model: str, place: str, span: Span | None, fingerprint: str | None) -> Lent:
+    async def serve_configured(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve what the config names; started once each was tried, returns when all are served."""
+        async with trio.open_nursery() as nursery:
+            for item in self._config.serve:
+                model, layers = parse_model_layers(item)
+                span = Span(*layers) if layers else None
+                if not await self._try(item, model, span):
+                    nursery.start_soon(self._keep_trying, item, model, span)
+            task_status.started()
+
+    async def _keep_trying(self, item: str, model: str, span: Span | None) -> None:
+        pause = RETRY_FIRST_S
+        await trio.sleep(pause)
+        while not await self._try(item, model, span):
+            pause = min(2 * pause, RETRY_S)
+            await trio.sleep(pause)
+
+    async def _try(self, item: str, model: str, span: Span | None) -> bool:
+        """Whether there is nothing more to do about it."""
+        try:
+            await self.serve(model, span)
+        except FAILURES as error:
+            over = isinstance(error, Refused) and error.reason in ("twice", "leaving")
+            log.error("%s is not served%s: %s", item, "" if over else " yet", error)
+            return over
+        return True
+
+    async def lend(self, lent: Lent, fingerprint: str | None = None, *, beside: bool = False) -> Lent:
+        """Load what `lent` says. `fingerprint`, `beside`: see `ServeOptions`. Raises as `serve`."""
         spec = StageSpec(
-            model=place,
-            span=span,
+            model=lent.place,
+            span=lent.span,
             dtype=self._config.dtype,
             device=self._config.device,
             kv_bytes_max=self._config.kv_bytes_max,
@@ -114,18 +134,18 @@ class Lender:
             stages=self._config.stages or None,
             weight_bytes_max=self._config.memory_bytes or None,
             fingerprint=fingerprint,
+            beside=beside,
         )
-        lent = Lent(model, span)
-        self._lent.append(lent)
+        self.lent.append(lent)
         try:
             lent.info = await self._stages.serve(
                 spec, self._engines, options, lent.on_progress, lambda event: self._on_engine(lent, event)
             )
         except BaseException:  # why: a cancelled load is not lent either; raised again
-            self._lent.remove(lent)
+            self.lent.remove(lent)
             raise
         lent.state = "ready"
-        log.info("serving layers %d:%d of %s", lent.info.span.start, lent.info.span.end, model)
+        log.info("serving layers %d:%d of %s", lent.info.span.start, lent.info.span.end, lent.model)
         return lent
 
     def _place(self, model: str) -> str:
@@ -144,40 +164,7 @@ class Lender:
 
     def views(self) -> Sequence[StageView]:
         """What is lent, in order of asking."""
-        return [lent.view() for lent in self._lent]
-
-    async def assign(self) -> None:
-        """Take layers of the swarm's models, until cancelled."""
-        while True:
-            for status in self._generator.models():
-                await self._take(status.card)
-            await self._wait_news()
-
-    async def _take(self, card: ModelCard) -> None:
-        now = trio.current_time()
-        if any(lent.info is None or _is_same(lent.info.card, card) for lent in self._lent):
-            return  # one at a time, and each model once
-        if now < self._tried.get(card.fingerprint, now):
-            return
-        self._tried[card.fingerprint] = now + RETRY_S
-        folder = self.find(card.name)
-        if folder is None and not self._config.assign_from_hub:
-            log.info("%s is not on this machine; its layers are left to others", card.name)
-            return
-        try:
-            await self._lend(card.name, str(folder or card.name), None, card.fingerprint)
-        except (MycelError, FileNotFoundError, ModelUnsupported, EngineLost) as error:
-            log.warning("no layers of %s are taken: %s", card.name, error)
-
-    async def _wait_news(self) -> None:
-        """Until other models are known or others hold them, or it is time to try again."""
-        known = self._known()
-        with trio.move_on_after(RETRY_S):
-            while known == self._known():  # noqa: ASYNC110 bursts of news are one
-                await trio.sleep(SETTLE_S)
-
-    def _known(self) -> list[tuple[str, object]]:
-        return [(status.card.fingerprint, status.holders) for status in self._generator.models()]
+        return [lent.view() for lent in self.lent]
 
     def _on_engine(self, lent: Lent, event: EngineEvent) -> None:
         match event:
@@ -190,7 +177,3 @@ class Lender:
                 lent.on_progress(fraction, what)
             case Ready():
                 lent.state, lent.trouble = "ready", ""
-
-
-def _is_same(one: ModelCard, other: ModelCard) -> bool:
-    return one.fingerprint == other.fingerprint

@@ -15,6 +15,10 @@ newcomer, comes sooner than layers load. A model that was never whole is left to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated
+
+import msgspec
 
 from mycel.compute.engine import ModelCard, Span
 from mycel.compute.infer.placement import Holding
@@ -23,8 +27,10 @@ from mycel.protocol.board import Board
 from mycel.protocol.mesh import PeerId
 
 ROOM_KEY = "room"
-"""Board: bytes of weights that the author could take beside what it holds, as a decimal number."""
-_ROOM_CHARS_MAX = 20
+"""Board: bytes of weights that the author could take beside what it holds."""
+
+
+_Room = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Vigil:
@@ -84,9 +90,9 @@ def read_rooms(board: Board) -> dict[PeerId, int]:
     """What peers say that they could take; what makes no sense is none."""
     rooms = {}
     for fact in board.facts(ROOM_KEY):
-        text = (fact.value or b"")[:_ROOM_CHARS_MAX]
-        if fact.key == ROOM_KEY and text.isdigit():
-            rooms[fact.author] = int(text)
+        if fact.key == ROOM_KEY and fact.value is not None:
+            with suppress(msgspec.MsgspecError):
+                rooms[fact.author] = msgspec.msgpack.decode(fact.value, type=_Room)
     return rooms
 
 

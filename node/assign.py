@@ -1,0 +1,140 @@
+"""What this node lends because the swarm needs it.
+
+Unless its owner turned it off, a node looks at the models that the swarm runs and
+
+- **takes** layers of each that it can find on this machine: in the folders that its config names, or on the
+  hub if that was allowed. A model is the same one only if its fingerprint is;
+- **rescues** layers of a model that it serves already: when their last holder is gone, the survivors that
+  have memory left take them beside their own (`mycel.compute.infer.rescue` says who takes which).
+
+One load at a time: what a node takes changes what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import trio
+
+from mycel.compute.engine import ModelCard, Span
+from mycel.compute.infer.generate import Generator
+from mycel.compute.infer.rescue import ROOM_KEY, Vigil, plan_rescue, read_rooms
+from mycel.compute.infer.route import missing_layers
+from mycel.compute.infer.served import UNBOUNDED, read_holdings
+from mycel.node.config import Config
+from mycel.node.lend import FAILURES, RETRY_S, Lender, Lent
+from mycel.protocol.board import Board
+from mycel.protocol.errors import Refused
+from mycel.protocol.mesh import PeerId
+
+log = logging.getLogger("mycel.node")
+
+LOOK_S = 0.5
+"""Between two looks at what the swarm needs: news come in bursts."""
+
+
+class Assigner:
+    """The service; `me` is this node."""
+
+    def __init__(
+        self, config: Config, lender: Lender, generator: Generator, board: Board, me: PeerId
+    ) -> None:
+        self._config = config
+        self._lender = lender
+        self._generator = generator
+        self._board = board
+        self._me = me
+        self._not_before: dict[str, float] = {}  # models that could not be taken, by fingerprint
+        self._no_rescue_before = 0.0
+        self._vigils: dict[str, Vigil] = {}
+        self._room: int | None = None
+
+    async def run(self) -> None:
+        """Take what is needed, until cancelled."""
+        while True:
+            for status in self._generator.models():
+                await self._take(status.card)
+                await self._rescue(status.card)
+            await self._wait_news()
+
+    async def _wait_news(self) -> None:
+        """Until other models are known or others hold them, layers are to be rescued, or to try again."""
+        known = self._known()
+        with trio.move_on_after(RETRY_S):
+            while True:
+                self._tell_room()
+                await trio.sleep(LOOK_S)
+                # Every vigil looks, whatever the others find.
+                shares = [self._share(status.card) for status in self._generator.models()]
+                if any(share is not None for share in shares) or known != self._known():
+                    return
+
+    def _known(self) -> list[tuple[str, object]]:
+        return [(status.card.fingerprint, status.holders) for status in self._generator.models()]
+
+    # --- a first stage of a model
+
+    async def _take(self, card: ModelCard) -> None:
+        now = trio.current_time()
+        if self._is_busy() or self._own(card) is not None or now < self._not_before.get(card.fingerprint, 0):
+            return  # one at a time, and each model once
+        self._not_before[card.fingerprint] = now + RETRY_S
+        folder = self._lender.find(card.name)
+        if folder is None and not self._config.assign_from_hub:
+            log.info("%s is not on this machine; its layers are left to others", card.name)
+            return
+        try:
+            await self._lender.lend(Lent(card.name, str(folder or card.name), None), card.fingerprint)
+        except FAILURES as error:
+            log.warning("no layers of %s are taken: %s", card.name, error)
+
+    # --- a further one
+
+    async def _rescue(self, card: ModelCard) -> None:
+        own, share = self._own(card), self._share(card)
+        if own is None or share is None:
+            return
+        log.warning("layers %d:%d of %s have no holder left: taking them", share.start, share.end, card.name)
+        try:
+            await self._lender.lend(Lent(card.name, own.place, None), card.fingerprint, beside=True)
+        except FAILURES as error:
+            if isinstance(error, Refused) and error.reason in ("settled", "leaving"):
+                log.info("%s", error)
+            else:
+                log.warning("the missing layers of %s are not taken: %s", card.name, error)
+                self._no_rescue_before = trio.current_time() + RETRY_S
+        self._tell_room()
+
+    def _share(self, card: ModelCard) -> Span | None:
+        """What this node is to rescue of a model now."""
+        holdings = read_holdings(self._board, card.fingerprint)
+        missing = missing_layers(card.n_layers, [held for held in holdings if held.state != "leaving"])
+        vigil = self._vigils.setdefault(card.fingerprint, Vigil(self._config.rescue_s))
+        if not vigil.look(missing, trio.current_time()) or self._tell_room() == 0:
+            return None
+        return plan_rescue(card, holdings, read_rooms(self._board), self._me)
+
+    def _tell_room(self) -> int:
+        """Say how many bytes of weights this node could take beside what it holds; returns them."""
+        room = (self._config.memory_bytes or UNBOUNDED) - sum(
+            lent.info.weight_bytes for lent in self._lender.lent if lent.info is not None
+        )
+        if not self._config.rescue_s or self._is_busy() or trio.current_time() < self._no_rescue_before:
+            room = 0
+        room = max(room, 0)
+        if room != self._room:
+            self._room = room
+            self._board.publish(ROOM_KEY, msgspec.msgpack.encode(room))
+        return room
+
+    def _is_busy(self) -> bool:
+        """Whether something loads whose size is not known yet."""
+        return any(lent.info is None for lent in self._lender.lent)
+
+    def _own(self, card: ModelCard) -> Lent | None:
+        """A loaded stage of the model."""
+        for lent in self._lender.lent:
+            if lent.info is not None and lent.info.card.fingerprint == card.fingerprint:
+                return lent
+        return None
