@@ -7,14 +7,18 @@ purpose is worth nothing for another. Peer records (`mycel.protocol.identify`) a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from mycel.protocol import varint
 from mycel.protocol.errors import RemoteProtocolError
-from mycel.protocol.keys import OwnKey, PublicKey
+from mycel.protocol.keys import PublicKey
 from mycel.protocol.pb import record_pb2
+
+Sign = Callable[[bytes], bytes]
+"""Signs bytes with a node's own key (`OwnKey.sign`, `Mesh.sign`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,12 @@ class Kind:
     """For people: "peer record"."""
 
 
-def seal(key: OwnKey, kind: Kind, payload: bytes) -> bytes:
-    """`payload` in an envelope signed by `key`."""
+def seal(public: PublicKey, sign: Sign, kind: Kind, payload: bytes) -> bytes:
+    """`payload` in an envelope of the owner of `public`, who signs with `sign`."""
     envelope = record_pb2.Envelope(
-        payload_type=kind.payload_type, payload=payload, signature=key.sign(_signed(kind, payload))
+        payload_type=kind.payload_type, payload=payload, signature=sign(_signed(kind, payload))
     )
-    envelope.public_key.ParseFromString(key.public.serialized)
+    envelope.public_key.ParseFromString(public.serialized)
     return envelope.SerializeToString()
 
 

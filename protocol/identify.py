@@ -105,7 +105,7 @@ def seal_record(key: OwnKey, record: PeerRecord) -> bytes:
         seq=record.seq,
         addresses=[record_pb2.PeerRecord.AddressInfo(multiaddr=addr.to_bytes()) for addr in record.addrs],
     ).SerializeToString()
-    return envelope.seal(key, _RECORD, payload)
+    return envelope.seal(key.public, key.sign, _RECORD, payload)
 
 
 def open_record(raw: bytes) -> PeerRecord:

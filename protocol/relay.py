@@ -21,7 +21,7 @@ from multiaddr import Multiaddr
 from mycel.protocol import envelope, varint
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.identify import read_addrs
-from mycel.protocol.keys import OwnKey, peer_id_bytes, peer_id_text
+from mycel.protocol.keys import PublicKey, peer_id_bytes, peer_id_text
 from mycel.protocol.mesh import PeerId
 from mycel.protocol.pb import circuit_pb2
 
@@ -161,12 +161,12 @@ def read_stop(raw: bytes) -> Message:
     return _message(found, _STOP_KINDS, "STOP", None)
 
 
-def seal_voucher(key: OwnKey, peer: PeerId, expire: int) -> bytes:
-    """The word of the relay with `key` that `peer` holds a reservation until `expire`."""
+def seal_voucher(relay: PublicKey, sign: envelope.Sign, peer: PeerId, expire: int) -> bytes:
+    """The word of the relay with that key, who signs with `sign`: `peer` has a reservation until `expire`."""
     payload = circuit_pb2.ReservationVoucher(
-        relay=peer_id_bytes(key.peer_id), peer=peer_id_bytes(peer), expiration=expire
+        relay=peer_id_bytes(relay.peer_id), peer=peer_id_bytes(peer), expiration=expire
     ).SerializeToString()
-    return envelope.seal(key, _VOUCHER, payload)
+    return envelope.seal(relay, sign, _VOUCHER, payload)
 
 
 def open_voucher(raw: bytes, *, relay: PeerId, peer: PeerId) -> int:

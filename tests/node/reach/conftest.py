@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +11,11 @@ import trio
 
 from mycel.node.host import Host
 from mycel.node.reach.outward import Outward
+from mycel.node.reach.relay_client import RelayClient
+from mycel.node.reach.relay_server import RelayServer
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.mesh import Access, PeerId
+from mycel.protocol.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from mycel.protocol.mesh import Access, PeerId, Stream
 from mycel.simnet import clock
 from mycel.simnet.internet import Internet, InternetOptions, internet
 from mycel.simnet.link import LinkOptions
@@ -71,6 +74,96 @@ def play() -> Callable[..., None]:
             options = InternetOptions(seed=seed, link=LinkOptions(latency_s=latency_s))
             async with internet(options) as net, trio.open_nursery() as nursery:
                 await scenario(World(net, nursery))
+                nursery.cancel_scope.cancel()
+
+        clock.run(main, seed)
+
+    return run
+
+
+class RelayWorld(World):
+    """A world with relays in it, and hosts that use them."""
+
+    @staticmethod
+    async def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+        """Wait for what comes in its own time."""
+        with trio.fail_after(seconds):
+            while not holds():  # noqa: ASYNC110
+                await trio.sleep(0.001)
+
+    @staticmethod
+    async def echo(stream: Stream) -> None:
+        """A handler that sends back what comes, to the end."""
+        while data := await stream.receive_some():
+            await stream.send(data)
+        await stream.send_eof()
+
+    async def relay(
+        self, name: str = "relay", limits: RelayLimits = DEFAULT_RELAY_LIMITS, **options: Any
+    ) -> tuple[Host, RelayServer]:
+        """A host that relays."""
+        host = await self.host(name, **options)
+        server = RelayServer(host, limits)
+        await self.nursery.start(server.run)
+        server.serve(True)
+        return host, server
+
+    async def client(
+        self, name: str, *relays: Host, want: int = 0, configured: Sequence[str] = (), **options: Any
+    ) -> tuple[Host, RelayClient]:
+        """A host that uses relays; with `want` it listens nowhere and is to be reached through them."""
+        if want:
+            options.setdefault("listen", [])
+        host = await self.host(name, **options)
+        client = RelayClient(host, relays=configured)
+        await self.nursery.start(client.run)
+        for other in relays:
+            await self.connect(host, other)
+        client.want(want)
+        return host, client
+
+    async def trio(self, **options: Any) -> tuple[Host, RelayServer, Host, RelayClient, Host]:
+        """A relay, a host that is reached through it and echoes, and one that may reach it."""
+        relay, server = await self.relay(**options)
+        hidden, client = await self.client("hidden", relay, want=1)
+        hidden.serve_stream("/echo", self.echo, access=Access.STRANGER)
+        await self.until(lambda: client.addrs)
+        caller, _ = await self.client("caller")
+        return relay, server, hidden, client, caller
+
+    @staticmethod
+    async def say(host: Host, peer: PeerId, data: bytes) -> bytes:
+        """Send `data`, then wait for it to come back."""
+        stream = await host.open_stream(peer, "/echo")
+        await stream.send(data)
+        return await stream.receive_exactly(len(data))
+
+    @staticmethod
+    async def talk(host: Host, peer: PeerId, data: bytes = b"hello") -> bytes:
+        """What comes back of `data` while it is sent."""
+        stream = await host.open_stream(peer, "/echo")
+        got = bytearray()
+
+        async def write() -> None:
+            await stream.send(data)
+            await stream.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            while piece := await stream.receive_some():
+                got += piece
+        return bytes(got)
+
+
+@pytest.fixture
+def play_relays() -> Callable[..., None]:
+    """As `play`, in a world that knows relays."""
+
+    def run(scenario: Callable[[RelayWorld], Awaitable[None]], *, seed: int = 1) -> None:
+        async def main() -> None:
+            options = InternetOptions(seed=seed, link=LinkOptions(latency_s=0.02))
+            async with internet(options) as net, trio.open_nursery() as nursery:
+                await scenario(RelayWorld(net, nursery))
                 nursery.cancel_scope.cancel()
 
         clock.run(main, seed)
