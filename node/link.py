@@ -198,10 +198,7 @@ class Link:
             return
         connection = self._connection
         try:
-            while connection.has_output:
-                view = connection.outgoing()
-                if not view:
-                    return
+            while view := connection.outgoing():
                 count = self._pipe.try_send(view)
                 connection.sent(count)
                 if count < len(view):

@@ -225,7 +225,8 @@ class HostStream:
         self._credited = credit
         while self._inbox and self._receiver is receiver:
             piece = self._inbox.popleft()
-            self._deliver(memoryview(piece))
+            if self._take(memoryview(piece), None):
+                self._channel.credit(len(piece))
         if self._ended or self._error is not None:
             self._tell_end(None if self._ended else self._error)
         elif self._channel.prefix and not self._channel.inbound:
@@ -261,55 +262,52 @@ class HostStream:
 
     # What the channel calls
 
-    def _take_answer(self, data: memoryview | None, error: MycelError | None) -> None:
+    def _take_answer(self, data: memoryview | None, error: MycelError | None) -> bool:
         """The sink of an outbound stream until the peer agreed to the protocol."""
         if data is None or self._asks is None:
             if error is None:
                 error = StreamReset(f"the peer ended the stream without agreeing to {self.protocol}")
                 self._channel.reset(error)
             self._lose(error)
-            return
+            return False
         try:
             rest = self._asks.receive(data)
         except Refused as refused:
             self._lose(refused)
             self._channel.reset(refused)
-            return
+            return False
         if rest is None:
-            self._channel.credit(len(data))
-            return
+            return True
         self._asks = None
         self._channel.sink = self._take
+        if not rest or self._take(memoryview(rest), None):
+            return True
         self._channel.credit(len(data) - len(rest))
-        if rest:
-            self._take(memoryview(rest), None)
+        return False
 
-    def _take(self, data: memoryview | None, error: MycelError | None) -> None:
+    def _take(self, data: memoryview | None, error: MycelError | None) -> bool:
         if data is None:
             if error is None:
                 self._ended = True
                 self._tell_end(None)
             else:
                 self._lose(error)
-        elif self._receiver is not None:
-            self._deliver(data)
-        else:
+            return False
+        receiver = self._receiver
+        if receiver is None:
             self._inbox.append(bytes(data))
             self._wake_reader()
+            return False
+        try:
+            receiver(data, None)
+        except Exception as failure:  # boundary: a receiver's failure ends its own stream only
+            self._fail(failure)
+            return False
+        return self._credited
 
     def take(self, data: bytes) -> None:
         """Data that came together with the negotiation."""
         self._take(memoryview(data), None)
-
-    def _deliver(self, data: memoryview) -> None:
-        assert self._receiver is not None
-        try:
-            self._receiver(data, None)
-        except Exception as error:  # boundary: a receiver's failure ends its own stream only
-            self._fail(error)
-            return
-        if self._credited:
-            self._channel.credit(len(data))
 
     def _lose(self, error: MycelError) -> None:
         """No more will arrive. After an end in order, or where the connection was lost, what did arrive can

@@ -3,8 +3,8 @@
 Sending never waits here. `try_send` writes a frame straight into the connection's output where it fits, or
 keeps a copy within the bound; `enqueue` borrows the caller's memory and calls `on_drained` once the last
 byte was copied out, so a sender parks meanwhile and may be cancelled at any frame boundary (`withdraw`)
-without hurting the connection. Arriving data goes to `sink` at once; whoever owns the sink gives `credit`
-for what it has dealt with.
+without hurting the connection. Arriving data goes to `sink` at once, which says whether the peer may send as
+much again, or gives `credit` once it may.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from mycel.protocol.errors import MycelError, StreamClosed
 if TYPE_CHECKING:
     from mycel.protocol.session import Session
 
-Sink = Callable[[memoryview | None, MycelError | None], None]
-"""Gets (data, None), (None, None) at the end of the stream, (None, error) at its loss."""
+Sink = Callable[[memoryview | None, MycelError | None], bool | None]
+"""Gets (data, None), (None, None) at the end of the stream, (None, error) at its loss. True says that the
+data was dealt with; else whoever owns the sink gives `credit` later."""
 
 
 OFFER_BYTES = 64 * 1024

@@ -221,31 +221,21 @@ class Connection:
 
     # Out
 
-    @property
-    def has_output(self) -> bool:
-        """Whether `outgoing` may have anything."""
-        if self._raw:
-            return True
-        outlet = self._outlet
-        if outlet is None:
-            return False
-        return not outlet.empty or (self._session is not None and self._session.has_output)
-
     def outgoing(self) -> memoryview:
         """Bytes for the pipe, as many as one call should take; empty when there is nothing to send."""
-        if self._raw_sent < len(self._raw):
+        if self._raw:
             return memoryview(bytes(self._raw[self._raw_sent :]))
         outlet = self._outlet
         if outlet is None:
             return memoryview(b"")
         if self._session is not None:
-            self._session.fill()
+            self._session.egress.fill()
         outlet.seal()
         return outlet.outgoing()
 
     def sent(self, count: int) -> None:
         """The pipe took `count` of the bytes of the last `outgoing`."""
-        if self._raw_sent < len(self._raw):
+        if self._raw:
             self._raw_sent += count
             if self._raw_sent == len(self._raw):
                 self._raw.clear()

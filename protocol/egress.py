@@ -43,11 +43,6 @@ class Egress:
         self.swamped = False
         """The peer made this side owe it more short frames than the bound; it must be dropped."""
 
-    @property
-    def waiting(self) -> bool:
-        """Whether `fill` may have anything to write."""
-        return bool(self._control or self._ready)
-
     def room(self, least: int) -> int:
         """Data bytes of one frame that can be written now, behind nobody; less than `least`: none."""
         if self._ready:

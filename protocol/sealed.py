@@ -8,6 +8,7 @@ messages and goes to the pipe in one call. Opening decrypts within the receive b
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from cryptography.exceptions import InvalidTag
@@ -23,7 +24,8 @@ MESSAGES = 4
 CAPACITY = MESSAGES * (LENGTH + CIPHERTEXT_MAX)
 """Bytes of an output buffer: what one `send` hands to the pipe at most."""
 
-_NONCE_PREFIX = b"\0\0\0\0"
+_SIZE = struct.Struct(">H")
+_NONCE = struct.Struct("<4xQ")
 
 
 class Outlet:
@@ -33,7 +35,7 @@ class Outlet:
     and its plaintext is [sealed + 2 : tail).
     """
 
-    __slots__ = ("_begin", "_buffer", "_cipher", "_nonce", "_sealed", "_spare", "_tail", "_view")
+    __slots__ = ("_begin", "_buffer", "_cipher", "_limit", "_nonce", "_sealed", "_spare", "_tail", "_view")
 
     def __init__(self, key: bytes, spare: list[bytearray]) -> None:
         """`spare` is a stock of buffers of `CAPACITY` bytes, shared by the connections of one node."""
@@ -44,17 +46,11 @@ class Outlet:
         self._view = memoryview(b"")
         self._begin = self._sealed = 0
         self._tail = LENGTH
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing waits here, sealed or not."""
-        return self._buffer is None
+        self._limit = LENGTH + PLAINTEXT_MAX
 
     def room(self) -> int:
         """Plaintext bytes that still fit into the open message (0: none, and no further message fits)."""
-        start = self._sealed + LENGTH
-        limit = min(PLAINTEXT_MAX, CAPACITY - start - TAG)
-        return start + limit - self._tail if limit > 0 else 0
+        return self._limit - self._tail
 
     def reserve(self, count: int) -> tuple[memoryview, int]:
         """The buffer and the offset where the caller writes `count` bytes now (`count` <= `room()`)."""
@@ -68,18 +64,17 @@ class Outlet:
     def seal(self) -> None:
         """Close the open message, if it holds anything, and open the next one."""
         start = self._sealed + LENGTH
-        size = self._tail - start
-        if size <= 0:
+        tail = self._tail
+        if tail == start:
             return
-        end = self._tail + TAG
+        end = tail + TAG
         view = self._view
-        nonce = _NONCE_PREFIX + self._nonce.to_bytes(8, "little")
-        self._cipher.encrypt_into(nonce, view[start : self._tail], None, view[start:end])
+        self._cipher.encrypt_into(_NONCE.pack(self._nonce), view[start:tail], None, view[start:end])
         self._nonce += 1
-        view[self._sealed] = (size + TAG) >> 8
-        view[self._sealed + 1] = (size + TAG) & 0xFF
+        _SIZE.pack_into(view, self._sealed, end - start)
         self._sealed = end
         self._tail = end + LENGTH
+        self._limit = max(min(self._tail + PLAINTEXT_MAX, CAPACITY - TAG), self._tail)
 
     def outgoing(self) -> memoryview:
         """Sealed bytes that wait for the pipe."""
@@ -95,6 +90,7 @@ class Outlet:
             self._buffer = None
             self._begin = self._sealed = 0
             self._tail = LENGTH
+            self._limit = LENGTH + PLAINTEXT_MAX
 
 
 SPARE_MAX = 8
@@ -154,9 +150,8 @@ class Opener:
         if end - start < TAG:
             raise RemoteProtocolError(f"a Noise message of {end - start} bytes, shorter than its tag")
         plain = data[start : end - TAG]
-        nonce = _NONCE_PREFIX + self._nonce.to_bytes(8, "little")
         try:
-            self._cipher.decrypt_into(nonce, data[start:end], None, plain)
+            self._cipher.decrypt_into(_NONCE.pack(self._nonce), data[start:end], None, plain)
         except InvalidTag:
             raise RemoteProtocolError("a Noise message does not authenticate") from None
         self._nonce += 1

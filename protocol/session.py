@@ -196,17 +196,6 @@ class Session:
         self.egress.short(yamux.WINDOW, flags, channel.id, delta)
         return True
 
-    @property
-    def has_output(self) -> bool:
-        """Whether `fill` may have anything to write."""
-        return self.egress.waiting or len(self._unanswered) > UNANSWERED_MAX
-
-    def fill(self) -> None:
-        """Write what waits into the outlet, as far as it has room."""
-        if len(self._unanswered) > UNANSWERED_MAX:
-            self._acknowledge()
-        self.egress.fill()
-
     def _acknowledge(self) -> None:
         for channel in self._unanswered:
             if channel.error is None:
@@ -229,7 +218,7 @@ class Session:
                     break
                 count = min(self._body, size - offset)
                 self._body -= count
-                self._on_data(data[offset : offset + count])
+                self._on_data(data[offset : offset + count], count)
                 offset += count
                 continue
             if self._partial:
@@ -238,25 +227,32 @@ class Session:
                 offset += lacking
                 if len(self._partial) < HEADER_BYTES:
                     break
-                header, self._partial = self._partial, b""
-                self._on_header(*HEADER.unpack(header))
+                header, self._partial = HEADER.unpack(self._partial), b""
             elif size - offset >= HEADER_BYTES:
+                header = HEADER.unpack_from(data, offset)
                 offset += HEADER_BYTES
-                self._on_header(*HEADER.unpack_from(data, offset - HEADER_BYTES))
             else:
-                self._partial = bytes(data[offset:])
+                if offset < size:
+                    self._partial = bytes(data[offset:])
                 break
+            version, kind, flags, number, value = header
+            if version != 0 or kind > yamux.GO_AWAY or flags > 15:
+                raise RemoteProtocolError(f"not a yamux frame: version {version}, type {kind}, flags {flags}")
+            if kind > yamux.WINDOW:
+                self._on_connection_frame(kind, flags, number, value)
+            elif number == 0:
+                raise RemoteProtocolError("a yamux frame with data for stream 0")
+            else:
+                self._on_stream_frame(kind, flags, number, value)
+        if len(self._unanswered) > UNANSWERED_MAX:
+            self._acknowledge()
         if self.egress.swamped:
             raise RemoteProtocolError("the peer makes this side answer faster than it reads")
 
-    def _on_header(self, version: int, kind: int, flags: int, number: int, value: int) -> None:
-        if version != 0 or kind > yamux.GO_AWAY or flags > 15:
-            raise RemoteProtocolError(f"not a yamux frame: version {version}, type {kind}, flags {flags}")
-        if kind <= yamux.WINDOW:
-            self._on_stream_frame(kind, flags, number, value)
-        elif number != 0:
+    def _on_connection_frame(self, kind: int, flags: int, number: int, value: int) -> None:
+        if number != 0:
             raise RemoteProtocolError("a yamux ping or go-away names a stream")
-        elif kind == yamux.PING:
+        if kind == yamux.PING:
             self._on_ping(flags, value)
         else:
             self.go_away_received = True
@@ -274,8 +270,6 @@ class Session:
             self.rtt = sample if self.rtt is None else 0.75 * self.rtt + 0.25 * sample
 
     def _on_stream_frame(self, kind: int, flags: int, number: int, value: int) -> None:
-        if number == 0:
-            raise RemoteProtocolError("a yamux frame with data for stream 0")
         if flags & yamux.SYN:
             channel = self._accept(number)
         else:
@@ -298,11 +292,13 @@ class Session:
                 raise RemoteProtocolError("a yamux send window grew beyond 32 bits")
             if channel.queued:
                 self.egress.schedule(channel)
-        if channel is not None and flags & yamux.RST:
+        if not flags or channel is None:
+            return
+        if flags & yamux.RST:
             self._body_channel = None
             self._body_fin = False
             self._end(channel, StreamReset("the peer reset the stream"))
-        elif channel is not None and flags & yamux.FIN and not (kind == yamux.DATA and value):
+        elif flags & yamux.FIN and not (kind == yamux.DATA and value):
             self._body_fin = False
             self._on_fin(channel)
 
@@ -320,11 +316,10 @@ class Session:
         self._observer.on_channel(channel)
         return channel
 
-    def _on_data(self, data: memoryview) -> None:
+    def _on_data(self, data: memoryview, count: int) -> None:
         channel = self._body_channel
         if channel is None or channel.error is not None:
             return
-        count = len(data)
         channel.uncredited += count
         self.unread += count
         if channel.fin_received:
@@ -334,8 +329,8 @@ class Session:
         elif self.unread > self._limits.connection_window_max:
             self.overflowed += 1
             self.reset(channel, LimitExceeded("the peer's streams hold more unread data than their bound"))
-        else:
-            channel.sink(data, None)
+        elif channel.sink(data, None):
+            self.credit(channel, count)
         if self._body_fin and not self._body:
             self._body_fin = False
             self._on_fin(channel)
