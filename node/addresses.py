@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 from multiaddr import Multiaddr
 
-from mycel.protocol.address import endpoint_of, tcp_addr
+from mycel.protocol.address import circuit_of, endpoint_of, is_circuit, is_web, tcp_addr, tcp_of, web_of
 
 WILDCARDS = ("0.0.0.0", "::")
 
@@ -19,6 +19,11 @@ def dialable(bound: Iterable[Multiaddr], local_ips: Sequence[str]) -> list[Multi
     """
     addrs: list[Multiaddr] = []
     for addr in bound:
+        if is_web(addr):
+            below = web_of(addr).tcp
+            suffix = str(addr).removeprefix(str(below))
+            addrs.extend(Multiaddr(f"{one}{suffix}") for one in dialable([below], local_ips))
+            continue
         end = endpoint_of(addr)
         hosts: Sequence[str] = [end.host]
         if end.host in WILDCARDS:
@@ -26,3 +31,10 @@ def dialable(bound: Iterable[Multiaddr], local_ips: Sequence[str]) -> list[Multi
             hosts = [ip for ip in local if not ip_address(ip).is_loopback] or local
         addrs.extend(tcp_addr(host, end.port) for host in hosts)
     return addrs
+
+
+def host_of(addr: Multiaddr) -> str:
+    """The IP address or name that `addr` leads to first: of a relayed one, the relay's."""
+    if is_circuit(addr):
+        return host_of(circuit_of(addr).relay)
+    return tcp_of(addr).host

@@ -6,8 +6,7 @@ from collections import Counter
 
 from multiaddr import Multiaddr
 
-from mycel.protocol.address import endpoint_of
-from mycel.protocol.errors import AddressError
+from mycel.node.addresses import host_of
 from mycel.protocol.limits import Limits
 
 
@@ -30,7 +29,7 @@ class Admission:
             return "connections"
         if self.handshakes >= self._limits.pending_handshakes:
             return "handshakes"
-        if self._per_ip[_ip(remote)] >= self._limits.connections_per_ip:
+        if self._per_ip[host_of(remote)] >= self._limits.connections_per_ip:
             return "per_ip"
         return None
 
@@ -39,7 +38,7 @@ class Admission:
         self.connections += 1
         if inbound:
             self.handshakes += 1
-            self._per_ip[_ip(remote)] += 1
+            self._per_ip[host_of(remote)] += 1
 
     def proven(self, *, inbound: bool) -> None:
         """Its handshake succeeded."""
@@ -53,14 +52,7 @@ class Admission:
             return
         if not was_proven:
             self.handshakes -= 1
-        ip = _ip(remote)
+        ip = host_of(remote)
         self._per_ip[ip] -= 1
         if not self._per_ip[ip]:
             del self._per_ip[ip]
-
-
-def _ip(addr: Multiaddr) -> str:
-    try:
-        return endpoint_of(addr).host
-    except AddressError:
-        return str(addr)

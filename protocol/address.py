@@ -3,7 +3,8 @@
 A network dials `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, optionally followed by `/p2p/PEERID`
 (https://github.com/multiformats/multiaddr). A relayed address, `RELAY/p2p-circuit/p2p/PEERID`
 (libp2p specs/relay/circuit-v2), names a peer behind a relay: `circuit_of` takes it apart, and a network
-refuses it like every other kind.
+refuses it like every other kind. `/ws`, `/wss` and `/tls/ws` behind a TCP address say that WebSocket is
+spoken there; `web_of` takes them apart.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def is_circuit(addr: Multiaddr | str) -> bool:
 def circuit_of(addr: Multiaddr | str) -> Circuit:
     """The parts of a relayed address. Raises `AddressError` where `addr` is none, or leads through two."""
     before, found, after = str(addr).partition(f"/{CIRCUIT}")
-    relay_peer = endpoint_of(before).peer if found else None
+    relay_peer = peer_of(before) if found else None
     if relay_peer is None or CIRCUIT in after or not (after == "" or after.startswith("/p2p/")):
         raise AddressError(f"{addr} is not a relayed address; write RELAY/p2p/RELAYID/{CIRCUIT}/p2p/PEERID")
     return Circuit(Multiaddr(before), relay_peer, PeerId(after.removeprefix("/p2p/")) if after else None)
@@ -93,4 +94,48 @@ def peer_of(addr: Multiaddr | str) -> PeerId | None:
 
     Raises `AddressError` for an address that no node can dial.
     """
-    return circuit_of(addr).peer if is_circuit(addr) else endpoint_of(addr).peer
+    if is_circuit(addr):
+        return circuit_of(addr).peer
+    return web_of(addr).peer if is_web(addr) else endpoint_of(addr).peer
+
+
+@dataclass(frozen=True, slots=True)
+class WebAddress:
+    """An address at which WebSocket is spoken, taken apart."""
+
+    tcp: Multiaddr
+    """What is dialled or listened on below it."""
+    is_secure: bool
+    """Whether TLS comes between."""
+    peer: PeerId | None
+
+
+WEB_SUFFIXES = {"/ws": False, "/tls/ws": True, "/wss": True}
+
+
+def is_web(addr: Multiaddr | str) -> bool:
+    """Whether WebSocket is spoken at `addr` itself."""
+    return not is_circuit(addr) and _bare(addr).endswith(("/ws", "/wss"))
+
+
+@functools.lru_cache(maxsize=1024)
+def web_of(addr: Multiaddr | str) -> WebAddress:
+    """The parts of a WebSocket address. Raises `AddressError` where `addr` is none."""
+    bare = _bare(addr)
+    peer = str(addr).removeprefix(bare).removeprefix("/p2p/")
+    for suffix in ("/tls/ws", "/wss", "/ws"):
+        if bare.endswith(suffix):
+            tcp = Multiaddr(bare.removesuffix(suffix))
+            endpoint_of(tcp)
+            return WebAddress(tcp, WEB_SUFFIXES[suffix], PeerId(peer) if peer else None)
+    raise AddressError(f"{addr} is not a WebSocket address; write /ip4/HOST/tcp/PORT/ws")
+
+
+def tcp_of(addr: Multiaddr | str) -> Endpoint:
+    """The TCP endpoint at or below `addr`, which is not a relayed one. Raises `AddressError`."""
+    return endpoint_of(web_of(addr).tcp if is_web(addr) else addr)
+
+
+def _bare(addr: Multiaddr | str) -> str:
+    """`addr` without the peer at its end."""
+    return str(addr).partition("/p2p/")[0]

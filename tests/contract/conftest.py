@@ -9,16 +9,24 @@ for meshes.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from multiaddr import Multiaddr
 
 from mycel.node.host import Host
 from mycel.node.tcp import TcpListener, TcpNetwork, TcpPipe
+from mycel.node.tls import server_context
+from mycel.node.transports import Transports
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import Access, Mesh, Stream
 from mycel.protocol.network import Listener, Network, Pipe
@@ -72,19 +80,57 @@ SCENARIO_S = 30.0
 
 def play_tcp(scenario: Scenario) -> None:
     """On loopback, in real time."""
+    play_real(scenario, "tcp", TcpNetwork(), "")
+
+
+def play_ws(scenario: Scenario) -> None:
+    """WebSocket on loopback."""
+    play_real(scenario, "ws", Transports(TcpNetwork()), "/ws")
+
+
+def play_wss(scenario: Scenario) -> None:
+    """WebSocket in TLS on loopback."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = server_context(*write_certificate(Path(folder)))
+    play_real(scenario, "wss", Transports(TcpNetwork(), server_tls=context), "/tls/ws")
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate and its key, as PEM files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "node.example")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "certificate.pem", folder / "key.pem"
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return paths
+
+
+def play_real(scenario: Scenario, kind: str, network: Network, suffix: str) -> None:
+    """Over sockets of this machine, at addresses that end in `suffix`."""
     opened: list[TcpPipe | TcpListener] = []
 
     async def main() -> None:
-        loopback = Multiaddr("/ip4/127.0.0.1/tcp/0")
+        loopback = Multiaddr(f"/ip4/127.0.0.1/tcp/0{suffix}")
         place = Place(
-            kind="tcp",
-            near=TcpNetwork(),
-            far=TcpNetwork(),
+            kind=kind,
+            near=network,
+            far=network,
             far_any=loopback,
-            far_any6=Multiaddr("/ip6/::1/tcp/0"),
+            far_any6=Multiaddr(f"/ip6/::1/tcp/0{suffix}"),
             far_host="127.0.0.1",
             near_any=loopback,
-            unreachable=Multiaddr("/ip4/255.255.255.255/tcp/9"),
+            unreachable=Multiaddr(f"/ip4/255.255.255.255/tcp/9{suffix}"),
             far_name="localhost",
         )
         try:
@@ -126,6 +172,12 @@ def play_simnet(scenario: Scenario) -> None:
 @pytest.fixture(params=[play_tcp, play_simnet], ids=["tcp", "simnet"])
 def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     """The world of this test."""
+    return request.param
+
+
+@pytest.fixture(params=[play_tcp, play_simnet, play_ws, play_wss], ids=["tcp", "simnet", "ws", "wss"])
+def play_pipe(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+    """As `play`, with the pipes that are layered over TCP."""
     return request.param
 
 

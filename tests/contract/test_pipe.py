@@ -66,7 +66,7 @@ async def fill(pipe):
                 return written
 
 
-def test_bytes_go_both_ways_in_order(play):
+def test_bytes_go_both_ways_in_order(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         for number in range(50):
@@ -75,19 +75,19 @@ def test_bytes_go_both_ways_in_order(play):
             assert far.try_send(bytearray(b"pong")) == 4
             assert await read_some(near) == b"pong"
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_nothing_yet_is_none(play):
+def test_nothing_yet_is_none(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         assert near.try_recv_into(bytearray(10)) is None
         assert far.try_recv_into(memoryview(bytearray(10))) is None
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_a_small_buffer_gets_the_front_and_keeps_the_rest(play):
+def test_a_small_buffer_gets_the_front_and_keeps_the_rest(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         near.try_send(b"abcdefghij")
@@ -97,10 +97,10 @@ def test_a_small_buffer_gets_the_front_and_keeps_the_rest(play):
         assert buffer == b"abc."
         assert await read_exactly(far, 7) == b"defghij"
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_taken_bytes_are_copied(play):
+def test_taken_bytes_are_copied(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         data = bytearray(b"before")
@@ -108,10 +108,10 @@ def test_taken_bytes_are_copied(play):
         data[:] = b"after!"
         assert await read_exactly(far, 6) == b"before"
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_large_transfers_both_ways_at_once_arrive_whole(play):
+def test_large_transfers_both_ways_at_once_arrive_whole(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         rng = random.Random(3)
@@ -142,10 +142,10 @@ def test_large_transfers_both_ways_at_once_arrive_whole(play):
             nursery.start_soon(receive, far, "near")
         assert got == {name: hashlib.sha256(part).digest() for name, part in data.items()}
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_a_reader_who_pauses_stops_the_writer(play):
+def test_a_reader_who_pauses_stops_the_writer(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         written = await fill(near)
@@ -162,20 +162,20 @@ def test_a_reader_who_pauses_stops_the_writer(play):
             nursery.start_soon(drain)
         assert near.try_send(b"again") > 0
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_the_other_direction_flows_while_one_is_stuck(play):
+def test_the_other_direction_flows_while_one_is_stuck(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         await fill(near)
         far.try_send(b"still here")
         assert await read_some(near) == b"still here"
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_close_delivers_what_was_taken_and_then_the_end(play):
+def test_close_delivers_what_was_taken_and_then_the_end(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         taken = near.try_send(bytes(100_000))
@@ -184,10 +184,10 @@ def test_close_delivers_what_was_taken_and_then_the_end(play):
         assert far.try_recv_into(bytearray(1)) == 0
         assert far.try_recv_into(bytearray(1)) == 0
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_close_delivers_all_even_when_this_side_left_bytes_unread(play):
+def test_close_delivers_all_even_when_this_side_left_bytes_unread(play_pipe):
     """A kernel that is closed over unread bytes resets and forgets what it had not sent; a pipe must not."""
 
     async def scenario(place):
@@ -199,7 +199,7 @@ def test_close_delivers_all_even_when_this_side_left_bytes_unread(play):
         far.try_send(b"still talking")
         assert len(await read_to_end(far)) == written
 
-    play(scenario)
+    play_pipe(scenario)
 
 
 def test_the_end_of_one_direction_leaves_the_other_until_the_peer_hears(play):
@@ -214,7 +214,7 @@ def test_the_end_of_one_direction_leaves_the_other_until_the_peer_hears(play):
     play(scenario)
 
 
-def test_reset_breaks_the_other_end(play):
+def test_reset_breaks_the_other_end(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         near.reset()
@@ -227,10 +227,10 @@ def test_reset_breaks_the_other_end(play):
         with pytest.raises(PipeBroken):
             far.try_recv_into(bytearray(1))
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_reset_wakes_a_reader_and_a_writer_at_the_other_end(play):
+def test_reset_wakes_a_reader_and_a_writer_at_the_other_end(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         await fill(far)
@@ -255,11 +255,11 @@ def test_reset_wakes_a_reader_and_a_writer_at_the_other_end(play):
             near.reset()
         assert sorted(broken) == ["reader", "writer"]
 
-    play(scenario)
+    play_pipe(scenario)
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_ending_a_pipe_wakes_its_own_waiters(play, end):
+def test_ending_a_pipe_wakes_its_own_waiters(play_pipe, end):
     async def scenario(place):
         _, near, _ = await place.connect()
         await fill(near)
@@ -277,11 +277,11 @@ def test_ending_a_pipe_wakes_its_own_waiters(play, end):
             getattr(near, end)()
         assert sorted(woken) == ["reader", "writer"]
 
-    play(scenario)
+    play_pipe(scenario)
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_an_ended_pipe_raises_and_can_be_ended_again(play, end):
+def test_an_ended_pipe_raises_and_can_be_ended_again(play_pipe, end):
     async def scenario(place):
         _, near, _ = await place.connect()
         getattr(near, end)()
@@ -297,10 +297,10 @@ def test_an_ended_pipe_raises_and_can_be_ended_again(play, end):
         with pytest.raises(PipeBroken):
             await near.wait_writable()
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_a_reader_is_woken_by_bytes_and_by_the_end(play):
+def test_a_reader_is_woken_by_bytes_and_by_the_end(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         seen = []
@@ -317,10 +317,10 @@ def test_a_reader_is_woken_by_bytes_and_by_the_end(play):
             near.try_send(b"one")
         assert seen == [b"one", b"two", "end"]
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_two_waiters_for_one_direction_are_a_bug(play):
+def test_two_waiters_for_one_direction_are_a_bug(play_pipe):
     async def scenario(place):
         _, near, _ = await place.connect()
         async with trio.open_nursery() as nursery:
@@ -330,10 +330,10 @@ def test_two_waiters_for_one_direction_are_a_bug(play):
                 await near.wait_readable()
             nursery.cancel_scope.cancel()
 
-    play(scenario)
+    play_pipe(scenario)
 
 
-def test_a_cancelled_wait_leaves_the_pipe_as_it_was(play):
+def test_a_cancelled_wait_leaves_the_pipe_as_it_was(play_pipe):
     async def scenario(place):
         _, near, far = await place.connect()
         for _ in range(3):
@@ -343,4 +343,4 @@ def test_a_cancelled_wait_leaves_the_pipe_as_it_was(play):
         near.try_send(b"hello")
         assert await read_some(far) == b"hello"
 
-    play(scenario)
+    play_pipe(scenario)
