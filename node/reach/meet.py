@@ -12,7 +12,7 @@ a silent one is left to the kernel, which repeats it by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from multiaddr import Multiaddr
@@ -60,23 +60,82 @@ class Doorstep:
             listener.close()
 
 
+Taker = Callable[[Pipe], Awaitable[None]]
+
+
 class Meeting:
-    """One try to meet. `make_proof` gives the proof for a new socket."""
+    """Dials and accepts on a doorstep, and hands every socket to `take`, which must end or keep it."""
+
+    def __init__(self, doorstep: Doorstep, network: Network, take: Taker, limits: PunchLimits) -> None:
+        self._doorstep = doorstep
+        self._network = network
+        self._take = take
+        self._limits = limits
+        self._taken = 0
+        self.turned_away = 0
+        """Sockets that came in when too many were in proof."""
+
+    async def run(self, targets: Sequence[str]) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for listener in self._doorstep.listeners:
+                nursery.start_soon(self._accept, listener, nursery)
+            for target in targets:
+                nursery.start_soon(self._dial, target)
+
+    async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                pipe = await listener.accept()
+            except PipeBroken:
+                return
+            if self._taken >= self._limits.sockets:
+                self.turned_away += 1
+                pipe.reset()
+                continue
+            nursery.start_soon(self._hand, pipe)
+
+    async def _dial(self, target: str) -> None:
+        local = self._doorstep.beside(endpoint_of(target).host)
+        pause = self._limits.redial_s
+        for _ in range(self._limits.redials if local is not None else 0):
+            try:
+                pipe = await self._network.dial(Multiaddr(target), local=local)
+            except (DialError, AddressError):
+                # By chance, or two NATs that refuse each other's packets out of step would stay so.
+                chance = int.from_bytes(self._network.entropy(2), "big") / 65536
+                await trio.sleep(pause * (0.5 + chance))
+                pause = min(2 * pause, self._limits.redial_max_s)
+            else:
+                await self._hand(pipe)
+
+    async def _hand(self, pipe: Pipe) -> None:
+        self._taken += 1
+        try:
+            await self._take(pipe)
+        finally:
+            self._taken -= 1
+
+
+class Proving:
+    """A meeting of two that share a key. `make_proof` gives the proof for a new socket."""
 
     def __init__(
         self, doorstep: Doorstep, network: Network, make_proof: Callable[[], Proof], limits: PunchLimits
     ) -> None:
-        self._doorstep = doorstep
-        self._network = network
+        self._meeting = Meeting(doorstep, network, self._prove, limits)
         self._make_proof = make_proof
         self._limits = limits
-        self._in_proof = 0
         self._chosen: Pipe | None = None
         self._scope = trio.CancelScope()
-        self.strangers = 0
-        """Sockets that were somebody else's."""
+        self._strangers = 0
 
-    async def meet(self, targets: Sequence[str]) -> Pipe:
+    @property
+    def strangers(self) -> int:
+        """Sockets that were somebody else's."""
+        return self._strangers + self._meeting.turned_away
+
+    async def run(self, targets: Sequence[str]) -> Pipe:
         """Dial `targets` and accept until a socket is chosen; its next byte is the handshake's.
 
         Raises `DialError` when `PunchLimits.window_s` is over; no socket but the chosen one stays open.
@@ -84,11 +143,7 @@ class Meeting:
         self._scope.deadline = trio.current_time() + self._limits.window_s
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
-                    for listener in self._doorstep.listeners:
-                        nursery.start_soon(self._accept, listener, nursery)
-                    for target in targets:
-                        nursery.start_soon(self._dial, target)
+                await self._meeting.run(targets)
         except BaseException:  # why: given up from outside; raised again
             if self._chosen is not None:
                 self._chosen.reset()
@@ -100,34 +155,9 @@ class Meeting:
             )
         return self._chosen
 
-    async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        while True:
-            try:
-                pipe = await listener.accept()
-            except PipeBroken:
-                return
-            if self._in_proof >= self._limits.sockets:
-                self.strangers += 1
-                pipe.reset()
-                continue
-            nursery.start_soon(self._prove, pipe)
-
-    async def _dial(self, target: str) -> None:
-        local = self._doorstep.beside(endpoint_of(target).host)
-        pause = self._limits.redial_s
-        for _ in range(self._limits.redials if local is not None else 0):
-            try:
-                pipe = await self._network.dial(Multiaddr(target), local=local)
-            except (DialError, AddressError):
-                await trio.sleep(pause)
-                pause = min(2 * pause, self._limits.redial_max_s)
-            else:
-                await self._prove(pipe)
-
     async def _prove(self, pipe: Pipe) -> None:
         """Exchange proofs on a socket; keep it if it is the one."""
         proof = self._make_proof()
-        self._in_proof += 1
         try:
             with trio.move_on_after(self._limits.proof_s) as patience:
                 await send_all(pipe, proof.outgoing)
@@ -139,11 +169,10 @@ class Meeting:
                 if self._chosen is None:
                     self._choose(pipe, proof)
         except Stranger:
-            self.strangers += 1
+            self._strangers += 1
         except (PipeBroken, RemoteProtocolError):
             pass  # gone before it was proven: the next one may hold
         finally:
-            self._in_proof -= 1
             if self._chosen is not pipe:
                 pipe.reset()
 

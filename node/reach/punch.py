@@ -21,7 +21,7 @@ from mycel.node.dialer import Race
 from mycel.node.host import Host
 from mycel.node.reach.echo import Echo
 from mycel.node.reach.locate import Located, Locator
-from mycel.node.reach.meet import Doorstep, Meeting
+from mycel.node.reach.meet import Doorstep, Proving
 from mycel.protocol import punch
 from mycel.protocol.address import circuit_of, is_circuit
 from mycel.protocol.errors import (
@@ -266,11 +266,11 @@ class Talk:
         def make_proof() -> Proof:
             return Proof(key, asks=exchange.asks, nonce=puncher.host.entropy(NONCE_BYTES))
 
-        meeting = Meeting(self._doorstep, puncher.network, make_proof, self._limits)
+        proving = Proving(self._doorstep, puncher.network, make_proof, self._limits)
         try:
-            pipe = await meeting.meet(action.targets)
+            pipe = await proving.run(action.targets)
         finally:
-            puncher.strangers += meeting.strangers
+            puncher.strangers += proving.strangers
         # The other side may see the connection first and hang up the stream: that must not end it here.
         with trio.CancelScope(deadline=trio.current_time() + self._limits.settle_s, shield=True):
             await puncher.host.adopt(pipe, expected=peer, dialer=exchange.asks)
