@@ -15,7 +15,7 @@ from typing import Any
 from multiaddr import Multiaddr
 
 from mycel.protocol.errors import UsageProblem
-from mycel.protocol.limits import DEFAULT_LIMITS, MIB, Limits
+from mycel.protocol.limits import DEFAULT_LIMITS, DEFAULT_RELAY_LIMITS, MIB, Limits, RelayLimits
 
 DEFAULT_HOME = "~/.mycel"
 
@@ -44,12 +44,23 @@ class Config:
     """Multiaddrs to listen on. Port 0 means the port of last time, or any free one the first time, so that
     tickets stay good over a restart; name a port where a firewall must let it through."""
 
+    web_certificate: str = ""
+    """PEM file with the certificate chain for listening on /tls/ws (WebSocket in TLS, as on port 443). Not
+    needed behind a web server that has one and forwards to a /ws address here."""
+
+    web_key: str = ""
+    """PEM file with that certificate's key."""
+
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on: the public side of a forwarded port."""
 
     relay: str = "auto"
     """Whether this node carries connections between others: auto (where others can call it from outside),
     on (wherever it is; the owner knows better), or off."""
+
+    relays: tuple[str, ...] = ()
+    """Multiaddrs (each ending in /p2p/ID) of relays outside the swarm, to be reached through where too few
+    members relay and this node cannot be called. Any libp2p relay (circuit v2) will do."""
 
     bootstrap: tuple[str, ...] = ()
     """Further multiaddrs (each ending in /p2p/ID) to dial besides those in the ticket. Useful when the
@@ -98,6 +109,29 @@ class Config:
     """Cores for torch. 0: all that this process may use. Share them out when several nodes run on one
     machine, or they will slow each other down."""
 
+    relay_reservations_max: int = DEFAULT_RELAY_LIMITS.reservations
+    """Where this node relays: peers that may be reached through it. Strangers together get a quarter of this
+    and of all that follows."""
+
+    relay_circuits_max: int = DEFAULT_RELAY_LIMITS.circuits
+    """Relayed connections at once. Each costs 1 MiB of memory at the very most."""
+
+    relay_circuits_per_peer: int = DEFAULT_RELAY_LIMITS.circuits_per_peer
+    """Relayed connections at once of any one peer."""
+
+    relay_bytes_per_s: int = DEFAULT_RELAY_LIMITS.bytes_per_s
+    """Bytes per second for all relayed connections together, either way. 0: no bound. Set it where this
+    machine's line is slow or metered: whatever passes here comes in and goes out."""
+
+    relay_bytes_per_s_per_peer: int = DEFAULT_RELAY_LIMITS.bytes_per_s_per_peer
+    """Bytes per second for the relayed connections of any one peer. 0: no bound."""
+
+    relay_circuit_s: float = DEFAULT_RELAY_LIMITS.circuit_s
+    """How long a relayed connection between members may last. 0: no bound. Strangers get ten minutes."""
+
+    relay_circuit_bytes: int = DEFAULT_RELAY_LIMITS.circuit_bytes
+    """Bytes in each direction of a relayed connection between members. 0: no bound. Strangers get 16 MiB."""
+
     revoked: tuple[str, ...] = ()
     """Peer ids that are not let in whatever they show. On the node that founded the swarm this also ends
     the renewal of their membership."""
@@ -141,11 +175,12 @@ class Config:
     def validate(self) -> Config:
         """Raise `ConfigError` naming the first setting that cannot be used; returns itself."""
         _check(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        for name in ("listen", "announce", "bootstrap"):
+        for name in ("listen", "announce", "relays", "bootstrap"):
             for addr in getattr(self, name):
                 _check(_is_tcp(addr), name, addr, "a multiaddr such as /ip4/0.0.0.0/tcp/4800")
-        for addr in self.bootstrap:
-            _check("/p2p/" in addr, "bootstrap", addr, "a multiaddr that ends in /p2p/PEER_ID")
+        for name in ("relays", "bootstrap"):
+            for addr in getattr(self, name):
+                _check("/p2p/" in addr, name, addr, "a multiaddr that ends in /p2p/PEER_ID")
         host, port = split_host_port(self.api)
         if not is_loopback(host) and not self.api_token:
             raise ConfigError(
@@ -166,6 +201,19 @@ class Config:
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         return self
 
+    def relay_limits(self) -> RelayLimits:
+        """What this node gives as a relay."""
+        return replace(
+            DEFAULT_RELAY_LIMITS,
+            reservations=self.relay_reservations_max,
+            circuits=self.relay_circuits_max,
+            circuits_per_peer=self.relay_circuits_per_peer,
+            bytes_per_s=self.relay_bytes_per_s,
+            bytes_per_s_per_peer=self.relay_bytes_per_s_per_peer,
+            circuit_s=self.relay_circuit_s,
+            circuit_bytes=self.relay_circuit_bytes,
+        )
+
     def limits(self) -> Limits:
         """The connection core's bounds, with this config's deadlines in them."""
         return replace(
@@ -181,6 +229,9 @@ class Config:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s", "relay_reservations_max",
+                 "relay_circuits_max", "relay_circuits_per_peer", "relay_bytes_per_s",
+                 "relay_bytes_per_s_per_peer", "relay_circuit_s", "relay_circuit_bytes")  # fmt: skip
 _POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepalive_s", "silence_s",
              "redial_s", "redial_max_s")  # fmt: skip
 

@@ -63,6 +63,16 @@ class Contacts:
         known = contact.addrs if not lasting else ()
         contact.addrs = tuple(dict.fromkeys([*addrs, *known]))[:ADDRS_MAX]
 
+    def hold(self, peer: PeerId, until: float) -> None:
+        """Do not dial `peer` before `until`: it was asked to dial this node."""
+        contact = self._table.get(peer)
+        if contact is not None:
+            contact.due_s = max(contact.due_s, until)
+
+    def idle(self) -> Sequence[Contact]:
+        """Contacts that could be dialled, in the order in which they were learnt of."""
+        return [one for one in self._table.values() if self._is_idle(one)]
+
     def plan_dials(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays marked until `on_up` or `on_failed`."""
         busy = sum(contact.is_dialling for contact in self._table.values())

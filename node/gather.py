@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -73,6 +73,8 @@ class Gather:
         self._changed = trio.Event()
         self.joined = trio.Event()
         """Set when a member was met for the first time, or refused this node."""
+        self.on_told: Callable[[PeerId, Sequence[PeerId]], None] = lambda teller, members: None
+        """Hears which members a member named, before any that is new is dialled."""
         self.refused: Refused | None = None
         """The last refusal by somebody whom this node dialled."""
 
@@ -171,6 +173,7 @@ class Gather:
             addrs = [addr for addr in told.addrs if _names(addr, told.peer)]
             if addrs:
                 self._contacts.learn(PeerId(told.peer), addrs, now)
+        self.on_told(peer, [PeerId(told.peer) for told in reply.peers])
         self._remember()
         self._wake()
 

@@ -16,6 +16,7 @@ question. The address is masked, because some NATs rewrite addresses that they f
 from __future__ import annotations
 
 import hmac
+from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 
@@ -58,6 +59,19 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     key: Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)] = b""
     """16 bytes."""
     why: Annotated[str, msgspec.Meta(max_length=WHY_MAX)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """How two ports of one echo server see one local port, as TCP addresses without a peer id."""
+
+    first: Multiaddr
+    second: Multiaddr
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every destination is shown another address: nobody can be told where to punch."""
+        return self.first != self.second
 
 
 def ask(key_id: bytes, key: bytes, nonce: bytes, index: int) -> bytes:

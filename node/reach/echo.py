@@ -19,10 +19,12 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.node.host import Host
-from mycel.node.reach.exchange import receive_end, receive_exactly, receive_prefixed, send_all
+from mycel.node.reach.exchange import receive_end, receive_exactly, send_all
 from mycel.node.reach.outward import ip_of
 from mycel.protocol import echo, varint
 from mycel.protocol.address import endpoint_of, tcp_addr
+from mycel.protocol.delimited import receive_prefixed
+from mycel.protocol.echo import Mapped as Mapped
 from mycel.protocol.errors import AddressError, MycelError, PipeBroken, RemoteProtocolError
 from mycel.protocol.limits import DEFAULT_REACH_LIMITS, ReachLimits
 from mycel.protocol.mesh import PathKind, PeerId, Stream
@@ -33,19 +35,6 @@ log = logging.getLogger("mycel.reach")
 
 class EchoFailed(MycelError):
     """An echo server did not say, within the deadline and with a proof, what it sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """How two ports of one echo server see one local port, as TCP addresses without a peer id."""
-
-    first: Multiaddr
-    second: Multiaddr
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether every destination is shown another address: nobody can be told where to punch."""
-        return self.first != self.second
 
 
 @dataclass(slots=True)
@@ -182,13 +171,15 @@ class Echo:
         return [endpoint_of(one.addr).port for two in self._listeners.values() for one in two]
 
     async def _answer_wish(self, stream: Stream) -> None:
-        with trio.fail_after(self._limits.echo_s):
+        with trio.move_on_after(self._limits.echo_s):
             try:
                 wish = _WISHES.decode(await receive_prefixed(stream, echo.OFFER_BYTES_MAX))
             except msgspec.DecodeError as error:
                 raise RemoteProtocolError(f"not a wish for an echo: {error}") from None
             offer = await self._make_offer(stream.peer, wish.family)
             await stream.send(varint.prefixed(_ENCODER.encode(offer)), end=True)
+            return
+        stream.reset()
 
     async def _make_offer(self, peer: PeerId, family: int) -> echo.Offer:
         now = trio.current_time()

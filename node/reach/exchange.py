@@ -1,10 +1,8 @@
-"""Short exchanges of bytes, over a bare pipe (echoes, proofs) or over a stream."""
+"""Short exchanges of bytes over a bare pipe, without a connection core: echoes and proofs."""
 
 from __future__ import annotations
 
-from mycel.protocol import varint
 from mycel.protocol.errors import RemoteProtocolError
-from mycel.protocol.mesh import Stream
 from mycel.protocol.network import Pipe
 
 
@@ -39,17 +37,3 @@ async def receive_end(pipe: Pipe) -> None:
     while (got := pipe.try_recv_into(scratch)) != 0:
         if got is None:
             await pipe.wait_readable()
-
-
-async def receive_prefixed(stream: Stream, limit: int) -> bytes:
-    """The next message behind its length. Raises `RemoteProtocolError` where it is longer than `limit`."""
-    head = b""
-    while not head or head[-1] & 0x80:
-        head += await stream.receive_exactly(1)
-        if len(head) > varint.BYTES_MAX:
-            break
-    decoded = varint.decode(head)
-    size = decoded[0] if decoded is not None else limit + 1
-    if size > limit:
-        raise RemoteProtocolError(f"a message longer than the {limit} bytes that are allowed")
-    return await stream.receive_exactly(size)

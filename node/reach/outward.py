@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from ipaddress import ip_address
 
 from multiaddr import Multiaddr
 
-from mycel.protocol.address import endpoint_of
-from mycel.protocol.errors import AddressError
+from mycel.protocol.address import is_circuit
 from mycel.protocol.network import Listener, Network, Pipe
 
 CONTACTED_MAX = 65536
@@ -40,11 +40,10 @@ class Outward:
 
     async def dial(self, addr: Multiaddr, *, local: Multiaddr | None = None) -> Pipe:
         """See `Network.dial`."""
-        endpoint = endpoint_of(addr)
-        if not endpoint.is_name:
-            self._remember(endpoint.host)
+        ip = ip_of(addr)
+        self._remember(ip)
         pipe = await self._network.dial(addr, local=local)
-        if endpoint.is_name:
+        if not ip:
             self._remember(ip_of(pipe.remote))
         return pipe
 
@@ -64,17 +63,26 @@ class Outward:
         """See `Network.entropy`."""
         return self._network.entropy(count)
 
+    def forget(self) -> None:
+        """This node is somewhere else now: no NAT and no firewall here knows of what it did before."""
+        self._contacted.clear()
+
     def _remember(self, ip: str) -> None:
+        if not ip:
+            return
         self._contacted[ip] = None
         self._contacted.move_to_end(ip)
         if len(self._contacted) > CONTACTED_MAX:
             self._contacted.popitem(last=False)
 
 
-def ip_of(addr: Multiaddr) -> str:
-    """The IP address in `addr`; "" where it has none (a relayed address, a name)."""
-    try:
-        endpoint = endpoint_of(addr)
-    except AddressError:
-        return ""
-    return "" if endpoint.is_name else endpoint.host
+def ip_of(addr: Multiaddr | str) -> str:
+    """The IP address that a direct address leads to, whatever is spoken there; "" for others."""
+    text = str(addr)
+    parts = text.split("/", 3)
+    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") and not is_circuit(text) else ""
+
+
+def is_outside(ip: str) -> bool:
+    """Whether `ip` is an address of the internet at large, as opposed to a private network's."""
+    return bool(ip) and ip_address(ip).is_global

@@ -2,17 +2,19 @@
 
 `Reach` composes what `mycel.node.reach` holds; the daemon knows nothing else of it:
 
-    outward     whom this node spoke to first (every dial goes through it)
-    echo        as which address others see a port of this node
+    prober      finds out what this node is to others: echo, dial-back, who calls (verdict judges)
     relay       circuits for others, where this node is public and its owner lets it
     circuits    circuits of this node's own: dialled, taken, and the reservations that make it callable
     upgrade     from a relayed connection to a direct one
-    lan         members on the same wire, found by multicast; the router's port mapping
 
-What all of them find out ends in three decisions, made in `_settle` and nowhere else: which addresses are
-told to others, how many relays are wanted, and whether this node relays for others.
+What they find out ends in three decisions, made in `_settle` and nowhere else: which addresses are told to
+others, how many relays are wanted, and what this node does for others.
 
-A node that listens on loopback only (preset local) has nothing to find out: it sends no probe, opens no port.
+- A public node wants no relays, answers echoes, and relays where `relay = auto`.
+- Where nobody outside is in sight (a swarm in one house) there are no relays to want and nothing to ask.
+- Any other node keeps two relays. One that has a public address itself waits a moment before, for a call.
+
+A node that listens on loopback only (preset local) sends no probe and opens no port.
 """
 
 from __future__ import annotations
@@ -24,44 +26,59 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.node.config import Config
-from mycel.node.contacts import Contacts
+from mycel.node.contacts import ADDRS_MAX, Contacts
+from mycel.node.gather import Gather
 from mycel.node.host import Host
-from mycel.node.reach.echo import Echo
-from mycel.node.reach.outward import Outward, ip_of
+from mycel.node.reach.outward import Outward, ip_of, is_outside
+from mycel.node.reach.probe import Prober
+from mycel.node.reach.relay_client import RelayClient
+from mycel.node.reach.relay_server import RelayServer
 from mycel.node.reach.upgrade import Upgrader
-from mycel.protocol.rpc import Rpc
+from mycel.node.reach.verdict import Judge, Kind
+
+RELAYS = 2
+"""Reservations of a node that others cannot call: one relay may die."""
+CIRCUITS_TOLD = 4
+"""Relayed addresses told to others at most: two relays with an IPv4 and an IPv6 address each."""
 
 
 class Reach:
-    """The service of one node. `changed()` may be called by any part when what it found out changed."""
+    """The service of one node. Any part may call `changed` when what it found out changed."""
 
-    def __init__(self, config: Config, network: Outward, host: Host, rpc: Rpc, contacts: Contacts) -> None:
+    def __init__(
+        self, config: Config, network: Outward, host: Host, contacts: Contacts, gather: Gather
+    ) -> None:
         self._config = config
         self._network = network
         self._host = host
-        self._rpc = rpc
-        self._contacts = contacts
+        self._gather = gather
         self._wake = trio.Event()
-        self.echo = Echo(host, network)
-        # R1: self.relay = RelayServer(host, ...); self.circuits = RelayClient(host, ...);
-        #     its Reservations call self.changed whenever .addrs changed.
-        self.upgrade = Upgrader(host, network, self.echo, public=self.public)
-        # R6: self.lan = Lan(...), self.port_mapper = PortMapper(..., on_change=self.changed)
+        self._epoch = 0
+        self._judge = Judge()
+        self.verdict = self._judge.verdict()
+        """What this node is to others, as last judged."""
+        self.prober = Prober(
+            host, network, self._judge, contacts, forwarded=self.forwarded, changed=self.changed
+        )
+        self.relay = RelayServer(host, config.relay_limits())
+        self.circuits = RelayClient(host, config.relay_limits(), relays=config.relays, on_change=self.changed)
+        self.upgrade = Upgrader(host, network, self.prober.echo, public=lambda: self.verdict.addrs)
 
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach this node anyway."""
-        bound = self._host.bound_addrs
-        return bool(bound) and all(ip_address(ip_of(addr)).is_loopback for addr in bound)
+        ips = [ip_of(addr) for addr in self._host.bound_addrs]
+        return bool(ips) and all(ip and ip_address(ip).is_loopback for ip in ips)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled; started once addresses are told to others. Sends nothing before."""
+        """Serve until cancelled; started once others can be told where this node is. Sends nothing before."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(self.echo.run)
-            # R1: await nursery.start(self.relay.run); await nursery.start(self.circuits.run)
+            await nursery.start(self.relay.run)
+            await nursery.start(self.circuits.run)
+            await nursery.start(self.upgrade.run)
             if not self.is_local:
-                await nursery.start(self.upgrade.run)
-            # R6: if not self.is_local: nursery.start_soon(self.lan.run), ...(self.port_mapper.run)
+                await nursery.start(self.prober.run)
+                self._gather.on_told = self.prober.on_told
             self._settle()
             task_status.started()
             while True:
@@ -73,19 +90,38 @@ class Reach:
         """Something was found out: decide again. Never blocks."""
         self._wake.set()
 
-    def public(self) -> Sequence[Multiaddr]:
-        """Where everybody can dial this node, as far as is known; peers behind a relay use it first."""
-        return []
-        # R2: the bound addresses where the verdict is public; R6: + self.port_mapper.addrs
+    # Deciding
 
     def _settle(self) -> None:
-        """What follows from what is known: addresses told, relays wanted, relaying for others."""
-        self._host.announce(self.told())
-        # R1: self.circuits.reservations.want(0 if public or is_local else 2)
-        #     self.relay.is_serving = public and config.relay allows
+        """What follows from what is known."""
+        verdict = self.verdict = self._judge.verdict()
+        is_public = verdict.kind is Kind.PUBLIC
+        self.relay.serve(self._config.relay == "on" or (self._config.relay == "auto" and is_public))
+        if is_public and any(is_outside(ip_of(addr)) for addr in self._host.bound_addrs):
+            self.prober.echo.serve()
+        else:
+            self.prober.echo.stop()
+        self.circuits.want(self._relays_wanted())
+        self._host.announce(self._told())
+        if self._judge.epoch != self._epoch:
+            self._epoch = self._judge.epoch
+            self.upgrade.network_changed()
 
-    def told(self) -> Sequence[Multiaddr]:
-        """The addresses to tell others, best first, without this node's id; empty where the bound ones do."""
+    def _relays_wanted(self) -> int:
+        if self.is_local or self.verdict.kind in (Kind.PUBLIC, Kind.LOCAL):
+            return 0
+        return 0 if self._host.bound_addrs and self.prober.is_waiting else RELAYS
+
+    def forwarded(self) -> list[Multiaddr]:
+        """Addresses that lead here though nothing here listens on them: what the owner announces."""
         own = f"/p2p/{self._host.peer_id}"
         return [Multiaddr(addr.removesuffix(own)) for addr in self._config.announce]
-        # R1: + self.circuits.reservations.addrs;  R6: + self.port_mapper.addrs
+
+    def _told(self) -> Sequence[Multiaddr]:
+        """The addresses to tell others, best first, without this node's id; empty where the bound ones do."""
+        bound = list(self._host.bound_addrs)
+        own = self.forwarded() if self._config.announce else [*self._judge.public_addrs(), *bound]
+        own = list(dict.fromkeys(own))
+        circuits = list(self.circuits.addrs)[:CIRCUITS_TOLD]
+        told = [*own[: ADDRS_MAX - len(circuits)], *circuits]
+        return [] if sorted(map(str, told)) == sorted(map(str, bound)) else told
