@@ -190,14 +190,15 @@ class Machine:
             raise AddressError(f"Cannot assign requested address {wanted[0]} on {self.name}")
         near = (ip if wanted[0] in ANY else wanted[0], wanted[1] or self.free_port())
         listener = self.listener_at(*near)
-        taken = (near, target) in self._pipes or (near, target) in self.tcp.openings
+        taken = self.pipe_at((near, target)) is not None or (near, target) in self.tcp.openings
         if taken or (listener is not None and not listener.shared):
             raise AddressError(f"Address already in use: {tcp_addr(*near)}")
         return near
 
     def pipe_at(self, key: Key) -> SimPipe | None:
-        """The connection between two addresses, this machine's own first."""
-        return self._pipes.get(key)
+        """The connection between two addresses, this machine's own first. One that was reset is none."""
+        pipe = self._pipes.get(key)
+        return pipe if pipe is not None and not pipe.was_reset else None
 
     def own_pipe(self, pipe: SimPipe) -> None:
         """A connection has its end here."""

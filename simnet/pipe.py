@@ -62,6 +62,11 @@ class SimPipe:
         """Whether this side may still use the pipe."""
         return self._why is None
 
+    @property
+    def was_reset(self) -> bool:
+        """Whether the other end reset it."""
+        return self._reset_by_peer is not None
+
     def _check(self) -> None:
         if self._why is not None:
             raise PipeBroken(f"connection to {self.remote} {self._why}")

@@ -1,8 +1,8 @@
 """What the boxes between two machines allow, found out by bare connections: the yardstick for hole punching.
 
 Nothing of Mycel's own punching is in here. Both ends know where the other's port shows up at a third machine,
-and the other's address inside, and start at the same instant, which no real node can arrange so well. Where this
-does not get through, no direct connection can be had that was arranged beforehand.
+and the other's address inside, and start at the same instant, which no real node can arrange so well. Where
+this does not get through, no direct connection can be had that was arranged beforehand.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Puncher:
         return outside, (self._network.machine.ips[0], self._listener.at[1])
 
     async def run(self, targets: Sequence[Address], own: bytes, other: bytes) -> None:
-        """Dial and accept until a connection has brought the other end's proof; then go on for others' sake."""
+        """Dial and accept until cancelled; `done` once a connection has brought the other end's proof."""
         async with trio.open_nursery() as nursery:
             for target in targets:
                 nursery.start_soon(self._dial, target, own, other)
