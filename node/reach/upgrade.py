@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from multiaddr import Multiaddr
 
 from mycel.node.host import Host
+from mycel.node.reach.dcutr import Dcutr
 from mycel.node.reach.echo import Echo
+from mycel.node.reach.outward import ip_of
 from mycel.node.reach.punch import Puncher
 from mycel.node.reach.upgrade_plan import Punch, Return, UpgradePlan
+from mycel.protocol import dcutr
 from mycel.protocol.address import circuit_of, is_circuit
 from mycel.protocol.errors import AddressError, MycelError, Refused
 from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
@@ -31,6 +35,10 @@ from mycel.protocol.network import Network
 from mycel.protocol.punch import PunchFailed
 
 log = logging.getLogger("mycel.reach")
+
+SEEN_MAX = 1024
+"""Foreign peers whose addresses are remembered."""
+SEEN_IPS_MAX = 4
 
 
 class Upgrader:
@@ -47,9 +55,11 @@ class Upgrader:
     ) -> None:
         """`public` gives the addresses at which this node believes everybody can reach it."""
         self._host = host
-        self._plan = UpgradePlan(host.peer_id, limits)
+        self._plan = UpgradePlan(limits)
         self._wake = trio.Event()
+        self._seen: OrderedDict[PeerId, dict[str, None]] = OrderedDict()
         self.puncher = Puncher(host, network, echo, public=public, limits=limits)
+        self.dcutr = Dcutr(host, network, self.puncher.locator, self._may_dial, limits)
         self.upgraded = 0
         """Relayed connections that became direct since the start."""
         self.failed = 0
@@ -93,13 +103,35 @@ class Upgrader:
         """Tell the plan what connections there are."""
         for peer, info in self._host.peers.items():
             if info.access >= Access.SUBMIT:
-                self._plan.on_path(peer, info.path, circuits_of(info), now)
+                # A submitter may not ask, and of two members the one with the smaller id does.
+                leads = info.access < Access.MEMBER or self._host.peer_id < peer
+                self._plan.on_path(peer, info.path, circuits_of(info), now, leads=leads)
+            elif info.path is PathKind.DIRECT:
+                self._remember(peer, ip_of(info.addr))
+                self._plan.on_path(peer, info.path, (), now, leads=False)
+            elif info.inbound and dcutr.PROTOCOL in info.protocols:
+                self._plan.on_path(peer, info.path, (), now, leads=True)
         self._plan.on_present(self._host.peers, now)
+
+    def _remember(self, peer: PeerId, ip: str) -> None:
+        """Where a foreign peer was seen."""
+        ips = self._seen.setdefault(peer, {})
+        self._seen.move_to_end(peer)
+        if len(ips) < SEEN_IPS_MAX:
+            ips[ip] = None
+        if len(self._seen) > SEEN_MAX:
+            self._seen.popitem(last=False)
+
+    def _may_dial(self, peer: PeerId, addr: Multiaddr) -> bool:
+        """A foreign peer's word is good for addresses where this node saw it itself."""
+        return ip_of(addr) in self._seen.get(peer, {})
 
     async def _punch(self, step: Punch) -> None:
         began = trio.current_time()
+        info = self._host.peers.get(step.peer)
+        foreign = info is not None and info.access < Access.SUBMIT
         try:
-            await self.puncher.punch(step.peer)
+            await (self.dcutr.lead(step.peer) if foreign else self.puncher.punch(step.peer))
         except PunchFailed as error:
             self.failed += error.reason != "busy"
             log.info("no direct connection to %s: %s", step.peer, error)

@@ -1,8 +1,8 @@
 """When to punch and when to go back over a relay: how connections become and stay as good as can be.
 
 Pure: what connections there are and the time come in, steps come out. A peer that is connected over a relay
-is punched at once, by the one of the two with the smaller peer id; the other waits a moment for that and then
-tries itself. A punch that failed is tried again after a wait that grows fourfold; one that cannot work (two
+is punched at once by the one of the two whose turn it is; the other waits a moment for that and then tries
+itself. A punch that failed is tried again after a wait that grows fourfold; one that cannot work (two
 NATs that leave no address to aim at) waits the longest. A change of this node's network makes all due again.
 
 A peer whose connection died and that is known behind relays is dialled there at once, and again for a few
@@ -63,13 +63,17 @@ class Return:
 class UpgradePlan:
     """The table of peers that are, or might be, reached over relays."""
 
-    def __init__(self, own: PeerId, limits: PunchLimits) -> None:
-        self._own = own
+    def __init__(self, limits: PunchLimits) -> None:
         self._limits = limits
         self._table: dict[PeerId, Standing] = {}
 
-    def on_path(self, peer: PeerId, path: PathKind, circuits: Iterable[str], now: float) -> None:
-        """`peer` is connected so; `circuits` are its relayed addresses as far as known now."""
+    def on_path(
+        self, peer: PeerId, path: PathKind, circuits: Iterable[str], now: float, *, leads: bool
+    ) -> None:
+        """`peer` is connected so; `circuits` are its relayed addresses as far as known now.
+
+        `leads` says whether it is this side's turn to punch; the other one waits for a moment.
+        """
         known = tuple(dict.fromkeys(circuits))
         standing = self._table.get(peer)
         if standing is None:
@@ -85,7 +89,7 @@ class UpgradePlan:
             standing.punch_s, standing.not_before_s = math.inf, -math.inf
             standing.failures, standing.trouble = 0, ""
         else:
-            turn = 0.0 if self._own < peer else self._limits.yield_s
+            turn = 0.0 if leads else self._limits.yield_s
             standing.punch_s = max(now + turn, standing.not_before_s)
 
     def on_present(self, peers: Iterable[PeerId], now: float) -> None:

@@ -13,23 +13,23 @@ from mycel.protocol.limits import PunchLimits
 from mycel.protocol.mesh import PathKind, PeerId
 
 LIMITS = PunchLimits()
-OWN, LOW, HIGH = PeerId("m"), PeerId("a"), PeerId("z")
+LOW, HIGH = PeerId("a"), PeerId("z")
 WAY = ("/relay/p2p-circuit/p2p/z",)
 RELAYED, DIRECT = PathKind.RELAYED, PathKind.DIRECT
 
 
 def make():
-    return UpgradePlan(OWN, LIMITS)
+    return UpgradePlan(LIMITS)
 
 
 def failed(plan, peer, now, reason="failed"):
     plan.on_failed(peer, reason, "no luck", now, 0.5)
 
 
-def test_the_smaller_peer_id_begins_and_the_other_waits_a_moment():
+def test_the_side_whose_turn_it_is_begins_and_the_other_waits_a_moment():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 1.0)
-    plan.on_path(LOW, RELAYED, (), 1.0)
+    plan.on_path(HIGH, RELAYED, WAY, 1.0, leads=True)
+    plan.on_path(LOW, RELAYED, (), 1.0, leads=False)
     assert plan.plan(1.0) == [Punch(HIGH)]
     assert plan.next_s() == 1.0 + LIMITS.yield_s
     assert plan.plan(1.0 + LIMITS.yield_s) == [Punch(LOW)]
@@ -39,7 +39,7 @@ def test_the_smaller_peer_id_begins_and_the_other_waits_a_moment():
 
 def test_a_punch_that_failed_is_tried_again_ever_more_rarely():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 0.0)
+    plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
     now, waits = 0.0, []
     for _ in range(8):
         assert plan.plan(now) == [Punch(HIGH)]
@@ -52,7 +52,7 @@ def test_a_punch_that_failed_is_tried_again_ever_more_rarely():
 
 def test_what_cannot_work_waits_for_another_network():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 0.0)
+    plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
     plan.plan(0.0)
     failed(plan, HIGH, 0.0, "impossible")
     assert plan.next_s() == pytest.approx(LIMITS.again_max_s)
@@ -60,7 +60,7 @@ def test_what_cannot_work_waits_for_another_network():
     plan.on_present((), 10.0)
     plan.plan(10.0)
     plan.on_returned(HIGH)
-    plan.on_path(HIGH, RELAYED, WAY, 11.0)
+    plan.on_path(HIGH, RELAYED, WAY, 11.0, leads=True)
     assert plan.plan(60.0) == []
     plan.on_network_changed(61.0)
     assert plan.plan(61.0) == [Punch(HIGH)]
@@ -68,9 +68,9 @@ def test_what_cannot_work_waits_for_another_network():
 
 def test_a_direct_connection_ends_the_trouble():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 0.0)
+    plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
     plan.plan(0.0)
-    plan.on_path(HIGH, DIRECT, WAY, 0.3)
+    plan.on_path(HIGH, DIRECT, WAY, 0.3, leads=True)
     plan.on_punched(HIGH, 0.3)
     assert plan.next_s() == math.inf
     assert plan.standings()[0].trouble == ""
@@ -79,7 +79,7 @@ def test_a_direct_connection_ends_the_trouble():
 @pytest.mark.parametrize("path", [RELAYED, DIRECT])
 def test_a_peer_behind_relays_that_is_lost_is_dialled_there_at_once_and_a_few_times(path):
     plan = make()
-    plan.on_path(HIGH, path, WAY, 0.0)
+    plan.on_path(HIGH, path, WAY, 0.0, leads=True)
     plan.plan(0.0)
     plan.on_punched(HIGH, 0.3)
     plan.on_present((), 5.0)
@@ -95,7 +95,7 @@ def test_a_peer_behind_relays_that_is_lost_is_dialled_there_at_once_and_a_few_ti
 
 def test_a_peer_that_refuses_is_left_alone():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 0.0)
+    plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
     plan.plan(0.0)
     failed(plan, HIGH, 0.0)
     plan.on_present((), 1.0)
@@ -107,20 +107,20 @@ def test_a_peer_that_refuses_is_left_alone():
 
 def test_back_over_the_relay_it_is_punched_again():
     plan = make()
-    plan.on_path(HIGH, RELAYED, WAY, 0.0)
+    plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
     plan.plan(0.0)
-    plan.on_path(HIGH, DIRECT, WAY, 0.3)
+    plan.on_path(HIGH, DIRECT, WAY, 0.3, leads=True)
     plan.on_punched(HIGH, 0.3)
     plan.on_present((), 50.0)
     assert plan.plan(50.0) == [Return(HIGH, WAY)]
-    plan.on_path(HIGH, RELAYED, WAY, 50.2)
+    plan.on_path(HIGH, RELAYED, WAY, 50.2, leads=True)
     plan.on_returned(HIGH)
     assert plan.plan(50.2) == [Punch(HIGH)]
 
 
 def test_peers_that_never_needed_a_relay_are_nobodys_business():
     plan = make()
-    plan.on_path(HIGH, DIRECT, (), 0.0)
+    plan.on_path(HIGH, DIRECT, (), 0.0, leads=True)
     plan.on_present((), 1.0)
     assert plan.standings() == []
 
@@ -146,7 +146,7 @@ def test_no_step_is_taken_twice_at_a_time_nor_more_often_than_allowed(events):
         match event:
             case ("path", peer, path, told):
                 connected[peer] = path
-                plan.on_path(peer, path, WAY if told else (), now)
+                plan.on_path(peer, path, WAY if told else (), now, leads=peer == HIGH)
             case ("present", peers):
                 connected = {peer: path for peer, path in connected.items() if peer in peers}
                 plan.on_present(peers, now)
