@@ -1,22 +1,27 @@
-"""Real processes: `mycel` daemons on loopback, each with a home of its own, all stopped at the end."""
+"""Real processes on loopback, all stopped at the end: `mycel` daemons, each with a home of its own, and
+js-libp2p nodes (their program is js/node.mjs)."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from mycel.compute.model.tiny import tiny_model
 from mycel.compute.tokenizer import byte_level_tokenizer_files
 
 UP_S = 60.0
+JS = Path(__file__).parent / "js"
 
 
 def environment() -> dict[str, str]:
@@ -120,3 +125,64 @@ def poll() -> Callable[[Callable[[], Any]], Any]:
         raise AssertionError("it did not come true within a minute")
 
     return ask_until
+
+
+class JsNode:
+    """A running js-libp2p node."""
+
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._held = b""
+        self.addr = ""
+
+    async def answer(self) -> Any:
+        """The next line it prints."""
+        while b"\n" not in self._held:
+            piece = await self._stdout.receive_some()
+            assert piece, "the js node ended"
+            self._held += piece
+        line, _, self._held = self._held.partition(b"\n")
+        return json.loads(line)
+
+    async def ask(self, command: dict[str, Any]) -> Any:
+        """Its answer to `command`."""
+        await self._stdin.send_all(json.dumps(command).encode() + b"\n")
+        answer = await self.answer()
+        assert "error" not in answer, answer["error"]
+        return answer
+
+
+@pytest.fixture(scope="session")
+def js_node() -> Callable[..., AbstractAsyncContextManager[JsNode]]:
+    """`async with js_node(...) as js`: a js-libp2p node, with the options of js/node.mjs.
+
+    Skips where node or npm is missing, or the packages of package-lock.json are not there and do not come.
+    """
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are needed for the interop test with js-libp2p; install node 20 or newer")
+    installed, wanted = JS / "node_modules" / ".package-lock.json", JS / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        done = subprocess.run(
+            ["npm", "ci", "--no-audit", "--no-fund"], cwd=JS, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"npm ci failed in {JS.name}/: {done.stderr.strip()[-300:]}")
+
+    @asynccontextmanager
+    async def start(**options: Any) -> AsyncIterator[JsNode]:
+        process = await trio.lowlevel.open_process(
+            ["node", str(JS / "node.mjs"), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            node = JsNode(process)
+            node.addr = (await node.answer()).get("listen", "")
+            yield node
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+    return start

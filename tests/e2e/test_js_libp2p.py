@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -19,66 +14,8 @@ from mycel.protocol.errors import Refused
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import Access
 
-JS = Path(__file__).parent / "js"
 ECHO = "/mycel-test/echo/1"
 DEADLINE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def js_ready() -> None:
-    """node, npm and the packages that package-lock.json names."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are needed for the interop test with js-libp2p; install node 20 or newer")
-    if not (JS / "node_modules" / ".package-lock.json").exists():
-        done = subprocess.run(
-            ["npm", "ci", "--no-audit", "--no-fund"], cwd=JS, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"npm ci failed in {JS.name}/: {done.stderr.strip()[-300:]}")
-
-
-class JsNode:
-    """A running js-libp2p node."""
-
-    def __init__(self, process: trio.Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._stdin = process.stdin
-        self._stdout = process.stdout
-        self._held = b""
-        self.addr = ""
-
-    async def answer(self) -> dict[str, Any]:
-        """The next line it prints."""
-        while b"\n" not in self._held:
-            piece = await self._stdout.receive_some()
-            assert piece, "the js node ended"
-            self._held += piece
-        line, _, self._held = self._held.partition(b"\n")
-        return json.loads(line)
-
-    async def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Its answer to `command`."""
-        await self._stdin.send_all(json.dumps(command).encode() + b"\n")
-        answer = await self.answer()
-        assert "error" not in answer, answer["error"]
-        return answer
-
-
-@asynccontextmanager
-async def js_node() -> AsyncIterator[JsNode]:
-    """A js-libp2p node on loopback."""
-    process = await trio.lowlevel.open_process(
-        ["node", str(JS / "node.mjs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        node = JsNode(process)
-        node.addr = (await node.answer())["listen"]
-        yield node
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 async def echo(stream):
@@ -102,7 +39,7 @@ async def host() -> AsyncIterator[Host]:
         nursery.cancel_scope.cancel()
 
 
-async def test_js_libp2p_dials_a_host(js_ready):
+async def test_js_libp2p_dials_a_host(js_node):
     with trio.fail_after(DEADLINE_S):
         async with host() as node, js_node() as js:
             seen = await js.ask({"dial": str(node.listen_addrs[0])})
@@ -123,7 +60,7 @@ async def test_js_libp2p_dials_a_host(js_ready):
             assert node.counters.lost == {}
 
 
-async def test_a_host_dials_js_libp2p(js_ready):
+async def test_a_host_dials_js_libp2p(js_node):
     with trio.fail_after(DEADLINE_S):
         async with host() as node, js_node() as js:
             peer = await node.connect([js.addr])
@@ -156,7 +93,7 @@ async def test_a_host_dials_js_libp2p(js_ready):
             assert node.rtt(peer) is not None
 
 
-async def test_a_killed_js_node_is_noticed_at_once(js_ready):
+async def test_a_killed_js_node_is_noticed_at_once(js_node):
     with trio.fail_after(DEADLINE_S):
         async with host() as node, node.events() as events:
             async with js_node() as js:

@@ -1,5 +1,6 @@
-// A js-libp2p node for the interop test. It listens and prints {"listen": ADDR}; then it obeys one JSON command a
-// line on its standard input ({"dial": ADDR}, {"quit": true}) and prints one JSON answer a line.
+// A js-libp2p node for the interop tests. It listens and prints {"listen": ADDR}; then it obeys one JSON command a
+// line on its standard input ({"dial": ADDR}, {"addrs": true}, {"quit": true}) and prints one JSON answer a line.
+// Its argument is JSON: {"listen": [ADDR, ...]} instead of a port on loopback, {"relay": true} to relay for others.
 
 // libp2p 3 uses Promise.withResolvers, which node has from version 22 on.
 Promise.withResolvers ??= function () {
@@ -15,17 +16,19 @@ const { noise } = await import('@chainsafe/libp2p-noise')
 const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { identify } = await import('@libp2p/identify')
 const { ping } = await import('@libp2p/ping')
+const { circuitRelayServer, circuitRelayTransport } = await import('@libp2p/circuit-relay-v2')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
 const ECHO = '/mycel-test/echo/1'
+const options = JSON.parse(process.argv[2] ?? '{}')
 const say = (answer) => process.stdout.write(JSON.stringify(answer) + '\n')
 
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: options.listen ?? ['/ip4/127.0.0.1/tcp/0'] },
+  transports: [tcp(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
-  services: { identify: identify(), ping: ping() },
+  services: { identify: identify(), ping: ping(), ...(options.relay && { relay: circuitRelayServer() }) },
   connectionGater: { denyDialMultiaddr: () => false }
 })
 
@@ -34,10 +37,10 @@ await node.handle(ECHO, async (stream) => {
     if (!stream.send(data)) await stream.onDrain()
   }
   await stream.close()
-})
+}, { runOnLimitedConnection: true })
 
 async function echo (connection, size) {
-  const stream = await connection.newStream(ECHO)
+  const stream = await connection.newStream(ECHO, { runOnLimitedConnection: true })
   const sent = new Uint8Array(size).map((_, i) => i % 251)
   const write = (async () => {
     for (let at = 0; at < size; at += 16384) {
@@ -55,38 +58,52 @@ async function echo (connection, size) {
   return at
 }
 
-async function dial (address) {
+// The ping service finds no limited connection.
+async function pingOver (connection) {
+  const began = Date.now()
+  const stream = await connection.newStream('/ipfs/ping/1.0.0', { runOnLimitedConnection: true })
+  stream.send(new Uint8Array(32))
+  for await (const _ of stream) break
+  await stream.close()
+  return Date.now() - began
+}
+
+async function dial (address, large = 3_000_000) {
   const identified = Promise.withResolvers()
-  node.addEventListener('peer:identify', (event) => identified.resolve(event.detail), { once: true })
-  const connection = await node.dial(multiaddr(address))
+  const wanted = address.split('/').at(-1)
+  node.addEventListener('peer:identify', (event) => {
+    if (event.detail.peerId.toString() === wanted) identified.resolve(event.detail)
+  })
+  const connection = await node.dial(multiaddr(address), { runOnLimitedConnection: true })
   const said = await identified.promise
   let unknown = 'opened'
   try {
-    await connection.newStream('/mycel-test/nobody/1')
+    await connection.newStream('/mycel-test/nobody/1', { runOnLimitedConnection: true })
   } catch (error) {
     unknown = error.name
   }
   return {
     peer: connection.remotePeer.toString(),
+    limited: connection.limits != null,
     encryption: connection.encryption,
     muxer: connection.multiplexer,
-    ping_ms: await node.services.ping.ping(connection.remotePeer),
+    ping_ms: connection.limits ? await pingOver(connection) : await node.services.ping.ping(connection.remotePeer),
     agent: said.agentVersion,
     protocols: said.protocols,
     observed: said.observedAddr?.toString(),
     signed: said.signedPeerRecord?.addresses.map(String),
     echoed_small: await echo(connection, 5),
-    echoed_large: await echo(connection, 3_000_000),
+    echoed_large: await echo(connection, large),
     unknown
   }
 }
 
-say({ listen: node.getMultiaddrs()[0].toString() })
+say({ listen: node.getMultiaddrs()[0]?.toString() })
 for await (const line of createInterface({ input: process.stdin })) {
   const command = JSON.parse(line)
   if (command.quit) break
   try {
-    say(await dial(command.dial))
+    say(command.addrs ? node.getMultiaddrs().map(String) : await dial(command.dial, command.large))
   } catch (error) {
     say({ error: String(error.stack ?? error) })
   }

@@ -269,7 +269,7 @@ def test_circuits_share_a_rate_fairly(play_relays):
             await world.until(lambda: client.addrs)
             caller, _ = await world.client(f"caller-{name}")
             await caller.connect(through(client, hidden))
-            await trio.sleep_world.until(20)
+            await trio.sleep_until(20)
             await world.talk(caller, hidden.peer_id, bytes(MIB))
             took[name] = trio.current_time() - 20
 
