@@ -6,7 +6,7 @@ is in sight, nor while somebody's call is proof enough, and one question at a ti
 
 - a newcomer that is told of members picks one of them as its witness before it dials any, leaves that one
   alone for a moment, and has it call (`mycel.protocol.dialback`)
-- where no call came, two members knock, and up to three echoes tell how ports are mapped
+- where no call came, up to three echoes tell how ports are mapped, and two members knock
 - what was proven is checked by a knock every `RECHECK_S`
 """
 
@@ -36,7 +36,7 @@ log = logging.getLogger("mycel.reach")
 
 CHECK_S = 5.0
 """Between two looks at what this machine's addresses are."""
-GRACE_S = 4.0
+GRACE_S = 2.0
 """How long a node that has a public address itself waits for a call before it asks others."""
 RECHECK_S = 600.0
 """Between two knocks at a node that others can call, and before peers are asked again in vain."""
@@ -197,14 +197,14 @@ class Prober:
         if not judge.is_outside or self.is_waiting:
             return None
         members = [info for info in self._outside_peers() if info.access >= Access.MEMBER]
+        servers = [one.peer for one in members if echo.PROTOCOL in one.protocols]
+        due = [peer for peer in servers if now >= self._echoes.get(peer, -math.inf) + RECHECK_S]
+        if due and not judge.is_proven and judge.answers < ECHOES:
+            return partial(self._ask_echo, due[0])
         knocker = self._next_knocker([one.peer for one in members if dialback.PROTOCOL in one.protocols], now)
         if knocker is not None and (addrs := self._candidates()):
             return partial(self._knock, knocker, addrs)
-        if judge.is_proven or judge.answers >= ECHOES:
-            return None
-        servers = [one.peer for one in members if echo.PROTOCOL in one.protocols]
-        due = [peer for peer in servers if now >= self._echoes.get(peer, -math.inf) + RECHECK_S]
-        return partial(self._ask_echo, due[0]) if due else None
+        return None
 
     def _next_knocker(self, peers: Sequence[PeerId], now: float) -> PeerId | None:
         """Who is to knock now: the one who did so longest ago."""

@@ -74,6 +74,7 @@ class Judge:
         self._shut: dict[str, tuple[PeerId, str]] = {}
         self._vain: list[PeerId] = []
         self._is_outside = False
+        self._was = ""
         self.epoch = 0
         """Counts how often everything was forgotten."""
 
@@ -97,16 +98,18 @@ class Judge:
         this node has the address itself.
         """
         self._is_outside = self._is_outside or bool(reports)
-        before = self._majority()[0]
+        self._was = self.ip or self._was
         self._reports = {peer: ip for peer, ip in reports.items() if ip}
-        after = Counter(self._voices(self._reports).values()).most_common(1)
-        if not before or not after or before in self._own_ips or after[0][0] == before:
+        votes = Counter(ip for ip in self._reports.values() if _family(ip) == _family(self._was)).most_common(
+            1
+        )
+        if not self._was or self._was in self._own_ips or not votes:
             return False
-        if _family(after[0][0]) != _family(before) or 2 * after[0][1] <= len(self._reports):
+        if votes[0][0] == self._was or 2 * votes[0][1] <= len(self._reports):
             return False
+        said = self._reports
         self._forget()
-        self._is_outside = True
-        self._reports = {peer: ip for peer, ip in reports.items() if ip}
+        self._is_outside, self._reports = True, said
         return True
 
     def called(self, peer: PeerId, ip: str) -> None:
@@ -146,8 +149,8 @@ class Judge:
 
     def _forget(self) -> None:
         self.epoch += 1
-        self._is_outside = False
-        for table in (self._reports, self._echoes, self._silent, self._callers, self._open, self._shut):
+        self._is_outside, self._was, self._reports = False, "", {}
+        for table in (self._echoes, self._silent, self._callers, self._open, self._shut):
             table.clear()
         self._vain.clear()
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from mycel.compute.inline import InlineEngine
+from mycel.node import daemon
+from mycel.node.config import Config
+from mycel.node.daemon import Papers
 from mycel.node.host import Host
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.relay_client import RelayClient
 from mycel.node.reach.relay_server import RelayServer
+from mycel.node.running import Node
+from mycel.node.views import TicketAsk
+from mycel.protocol.identity import SigningKey
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from mycel.protocol.membership import Credentials, found_swarm
 from mycel.protocol.mesh import Access, PeerId, Stream
+from mycel.protocol.ticket import parse_ticket
 from mycel.simnet import clock
 from mycel.simnet.internet import Internet, InternetOptions, internet
 from mycel.simnet.link import LinkOptions
+from mycel.simnet.machine import Machine
 from mycel.simnet.network import SimNetwork
 
 LISTEN = "/ip4/0.0.0.0/tcp/4001"
@@ -62,7 +74,60 @@ class World:
         await self.up(other, one.peer_id)
 
 
+class Town:
+    """Whole daemons of one swarm, wherever their machines stand; they serve no models."""
+
+    def __init__(self, net: Internet, nursery: trio.Nursery) -> None:
+        self.net = net
+        self.nursery = nursery
+        self.nodes: dict[str, Node] = {}
+        self.networks: dict[str, SimNetwork] = {}
+
+    async def found(self, name: str = "founder", *, kind: str = "open", **settings: Any) -> Node:
+        """A node that founds the swarm, on a machine connected by a `kind` of `simnet.nat.KINDS`."""
+        network = SimNetwork(self.net.add_site(name, kind)[0])
+        identity, root = OwnKey(network.entropy(32)), SigningKey(network.entropy(32))
+        credentials = found_swarm(identity.peer_id, root, network.wall())
+        return await self._start(network, Papers(identity, credentials), settings)
+
+    async def join(self, name: str, kind: str = "open", **settings: Any) -> Node:
+        """A node that joins by a fresh ticket of the first one."""
+        return await self.settle(self.net.add_site(name, kind)[0], **settings)
+
+    async def settle(self, machine: Machine, **settings: Any) -> Node:
+        """As `join`, on a machine that is there."""
+        network = SimNetwork(machine)
+        founder = next(iter(self.nodes.values()))
+        ticket = parse_ticket(founder.issue_ticket(TicketAsk()).text)
+        identity = OwnKey(network.entropy(32))
+        credentials = Credentials(identity.peer_id, ticket.root, ticket.chain_for(identity.peer_id))
+        papers = Papers(identity, credentials, bootstrap=ticket.bootstrap)
+        return await self._start(network, papers, settings)
+
+    async def _start(self, network: SimNetwork, papers: Papers, settings: dict[str, Any]) -> Node:
+        name = network.machine.name
+        settings.setdefault("listen", (LISTEN,))
+        config = Config(home=Path("nowhere"), label=name, assign=False, **settings).validate()
+        self.networks[name] = network
+        self.nodes[name] = await self.nursery.start(self._live, network, config, papers)
+        return self.nodes[name]
+
+    async def _live(
+        self, network: SimNetwork, config: Config, papers: Papers, *, task_status: trio.TaskStatus[Node]
+    ) -> None:
+        await network.machine.run(
+            partial(daemon.run, config, network, InlineEngine, papers, task_status=task_status)
+        )
+
+    async def until(self, holds: Callable[[], object], seconds: float = 60.0) -> None:
+        """Return once `holds()` is true."""
+        with trio.fail_after(seconds):
+            while not holds():  # noqa: ASYNC110
+                await trio.sleep(0.05)
+
+
 Scenario = Callable[[World], Awaitable[None]]
+TownScenario = Callable[[Town], Awaitable[None]]
 
 
 @pytest.fixture
@@ -164,6 +229,22 @@ def play_relays() -> Callable[..., None]:
             options = InternetOptions(seed=seed, link=LinkOptions(latency_s=0.02))
             async with internet(options) as net, trio.open_nursery() as nursery:
                 await scenario(RelayWorld(net, nursery))
+                nursery.cancel_scope.cancel()
+
+        clock.run(main, seed)
+
+    return run
+
+
+@pytest.fixture
+def town() -> Callable[..., None]:
+    """`town(scenario)` runs it in virtual time."""
+
+    def run(scenario: TownScenario, *, seed: int = 1, latency_s: float = 0.02) -> None:
+        async def main() -> None:
+            options = InternetOptions(seed=seed, link=LinkOptions(latency_s=latency_s))
+            async with internet(options) as net, trio.open_nursery() as nursery:
+                await scenario(Town(net, nursery))
                 nursery.cancel_scope.cancel()
 
         clock.run(main, seed)
