@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     swarm.add_argument("--nodes", type=int, default=30, help="daemons in all (default 30)")
     swarm.add_argument("--deaths", type=int, help="how many die (default: a third)")
+    swarm.add_argument(
+        "--last-copies",
+        action="store_true",
+        help="who dies is the only holder of its layers; survivors take them",
+    )
     swarm.add_argument("--tokens", type=int, default=24, help="tokens to generate (default 24)")
     rough = scenarios.add_parser("storm", help="bare machines chat while everything goes wrong")
     rough.add_argument("--nodes", type=int, default=12, help="machines (default 12)")
@@ -72,8 +77,11 @@ def _swarm(asked: argparse.Namespace) -> DieoffReport:
     from mycel.simnet.dieoff import DieoffOptions, dieoff
 
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_llama(Path(folder) / "tiny", num_hidden_layers=LAYERS)
+        layers = asked.nodes - 1 if asked.last_copies else LAYERS
+        model = tiny_llama(Path(folder) / "tiny", num_hidden_layers=layers)
         options = DieoffOptions(model, asked.seed, asked.nodes, asked.deaths, asked.tokens)
+        if asked.last_copies:  # each node has a layer, and memory for two more
+            options = dataclasses.replace(options, layers_per_node=3, last_copies=True)
         return clock.run(lambda: dieoff(options), asked.seed)
 
 

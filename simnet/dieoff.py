@@ -2,8 +2,10 @@
 
 The same prompt is generated twice with the same seed: undisturbed, and with a third of the nodes dying at a
 random token, the route's first stage among them. Half of the dead crash (their kernels reset their
-connections), the others vanish without a word. The owner of the session holds no layers and stays, and so
-does the last holder of each layer.
+connections), the others vanish without a word. The owner of the session holds no layers and stays.
+
+The last holder of each layer stays as well; or, with `last_copies`, every layer has one holder only, and the
+survivors have to take those of the dead beside their own.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class DieoffOptions:
     stages: int = 4
     layers_per_node: int = 2
     """How many layers a node has memory for."""
+    last_copies: bool = False
+    """Whether the dead may be the last holders of their layers."""
     line: LinkOptions = LINE
     join_s_max: float = 60.0
     generate_s_max: float = 60.0
@@ -63,6 +67,8 @@ class DieoffReport:
     died: tuple[str, ...]
     died_at_token: int
     stages_died: int
+    taken: int
+    """Stages that survivors took beside their own."""
     failovers: int
     longest_gap_s: float
     undisturbed_gap_s: float
@@ -94,6 +100,7 @@ async def dieoff(options: DieoffOptions) -> DieoffReport:
             calm, calm_report = await run.generate(on_token=lambda generation, count: None)
             tokens, report = await run.generate(on_token=run.strike_at)
             settled_s = await run.settle()
+            taken = run.taken()
             nursery.cancel_scope.cancel()
         return DieoffReport(
             seed=options.seed,
@@ -105,6 +112,7 @@ async def dieoff(options: DieoffOptions) -> DieoffReport:
             died=tuple(node.name for node in run.dead),
             died_at_token=run.strike_token,
             stages_died=run.stages_died,
+            taken=taken,
             failovers=len(report.failovers),
             longest_gap_s=report.longest_gap_s,
             undisturbed_gap_s=calm_report.longest_gap_s,
@@ -141,11 +149,11 @@ class _Run:
     async def gather(self) -> None:
         """Found the swarm, let everybody join at a random moment, wait until all are there."""
         with trio.fail_after(self._options.join_s_max):
-            founder = await self._swarm.found()
+            founder = await self._swarm.found(layers=self._layers(0))
             ticket = founder.ticket()
             async with trio.open_nursery() as nursery:
                 for number in range(1, self._options.nodes - 1):
-                    nursery.start_soon(self._join_later, ticket, f"n{number}", self._rng.random() * 2)
+                    nursery.start_soon(self._join_later, ticket, number, self._rng.random() * 2)
             await self._swarm.join(ticket, f"n{self._options.nodes - 1}", serves=False)
             await _until(self._is_gathered)
         self.joined_s = trio.current_time()
@@ -153,9 +161,13 @@ class _Run:
         assert status is not None
         self.holders = len(status.holders)
 
-    async def _join_later(self, ticket: str, name: str, seconds: float) -> None:
+    async def _join_later(self, ticket: str, number: int, seconds: float) -> None:
         await trio.sleep(seconds)
-        await self._swarm.join(ticket, name)
+        await self._swarm.join(ticket, f"n{number}", layers=self._layers(number))
+
+    def _layers(self, number: int) -> tuple[int, int] | None:
+        """What a node is told to serve; None: what the swarm needs."""
+        return (number, number + 1) if self._options.last_copies else None
 
     def _is_gathered(self) -> bool:
         status = self.status()
@@ -205,7 +217,9 @@ class _Run:
                 node.machine.crash()
 
     def _can_spare(self, node: SimNode) -> bool:
-        """Whether every layer keeps a holder when `node` dies too: nobody could compute a lost one."""
+        """Whether every layer keeps a holder when `node` dies too, or need not."""
+        if self._options.last_copies:
+            return True
         status = self.status()
         assert status is not None
         gone = {node.peer, *(dead.peer for dead in self.dead)}
@@ -213,6 +227,14 @@ class _Run:
         return all(
             any(span.start <= layer < span.end for span in spans) for layer in range(status.card.n_layers)
         )
+
+    def taken(self) -> int:
+        """Stages that somebody has beside another one. Raises `InvariantBroken` if the model is not whole."""
+        status = self.status()
+        if status is None or not status.complete:
+            raise InvariantBroken("the model did not become whole again")
+        peers = [holder.peer for holder in status.holders]
+        return len(peers) - len(dict.fromkeys(peers))
 
     async def settle(self) -> float:
         """Wait until every survivor knows just the other survivors; returns how long it took.

@@ -99,34 +99,53 @@ class Swarm:
         """The nodes that have neither died nor fallen silent."""
         return [node for node in self.nodes.values() if node.is_alive]
 
-    async def found(self, name: str = "n0", *, serves: bool = True) -> SimNode:
-        """Start the node that founds the swarm, serving the model unless told otherwise."""
-        network = SimNetwork(self._net.add(name))
+    async def found(
+        self, name: str = "n0", *, serves: bool = True, layers: tuple[int, int] | None = None
+    ) -> SimNode:
+        """Start the node that founds the swarm, serving the model, or layers of it, unless told otherwise."""
+        network = SimNetwork(self._machine(name))
         identity = OwnKey(network.entropy(32))
         root = SigningKey(network.entropy(32))
         credentials = found_swarm(identity.peer_id, root, network.wall())
-        return await self._start(network, Papers(identity, credentials), serves=serves, named=serves)
+        serve = self._serve(layers) if serves else ()
+        return await self._start(network, Papers(identity, credentials), serves=serves, serve=serve)
 
     async def join(
-        self, ticket: str, name: str = "", *, serves: bool = True, link: LinkOptions | None = None
+        self,
+        ticket: str,
+        name: str = "",
+        *,
+        serves: bool = True,
+        layers: tuple[int, int] | None = None,
+        link: LinkOptions | None = None,
     ) -> SimNode:
-        """Start a node that joins by `ticket`; it takes layers as the swarm needs unless told otherwise."""
-        network = SimNetwork(self._net.add(name or f"n{len(self._net.machines)}", link=link))
+        """Start a node that joins by `ticket`; it takes layers as the swarm needs unless told otherwise, or
+        those named at first."""
+        network = SimNetwork(self._machine(name or f"n{len(self._net.machines)}", link))
         identity = OwnKey(network.entropy(32))
         parsed = parse_ticket(ticket)
         credentials = Credentials(identity.peer_id, parsed.root, parsed.chain_for(identity.peer_id))
         papers = Papers(identity, credentials, bootstrap=parsed.bootstrap)
-        return await self._start(network, papers, serves=serves)
+        serve = self._serve(layers) if layers else ()
+        return await self._start(network, papers, serves=serves, serve=serve)
+
+    def _machine(self, name: str, link: LinkOptions | None = None) -> Machine:
+        """The machine of that name: one that stands already, behind a NAT say, or a new one."""
+        return self._net.machines.get(name) or self._net.add(name, link=link)
+
+    def _serve(self, layers: tuple[int, int] | None) -> tuple[str, ...]:
+        model = str(self._options.model)
+        return (f"{model}@{layers[0]}:{layers[1]}" if layers else model,)
 
     async def _start(
-        self, network: SimNetwork, papers: Papers, *, serves: bool, named: bool = False
+        self, network: SimNetwork, papers: Papers, *, serves: bool, serve: tuple[str, ...]
     ) -> SimNode:
         options = self._options
         config = replace(
             options.config,
             label=network.machine.name,
             listen=(LISTEN,),
-            serve=(str(options.model),) if named else (),
+            serve=serve,
             assign=serves,
             models=(str(options.model.parent),),
             memory_bytes=options.memory_bytes,

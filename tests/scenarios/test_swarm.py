@@ -54,3 +54,23 @@ def test_nine_daemons_survive_whatever_the_seed_takes(seed, capsys):
     assert len(report["died"]) >= 3
     assert report["failovers"] >= 1
     assert report["longest_gap_s"] < 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_survivors_take_the_layers_of_a_third_that_held_the_only_copies():
+    """Nine daemons with a layer each, memory for two more; the same in every process."""
+    arguments = ("--nodes", "10", "--seed", "1", "--last-copies")
+    runs = [start(hash_seed, *arguments) for hash_seed in (1, 2)]
+    first, second = (finish(run) for run in runs)
+    assert first == second
+    assert (
+        first["events"]["crash"] + first["events"]["vanish"]
+        == len(first["died"])
+        == first["stages_died"]
+        == 3
+    )
+    assert first["same_tokens"]
+    assert len(first["tokens"]) == 24
+    assert 1 <= first["taken"] <= 3
+    assert first["longest_gap_s"] < 8.0
