@@ -82,7 +82,8 @@ async def one_seed(built: Stage, folder: Path, seed: int, possible: dict[Pair, b
             flush=True,
         )
 
-    for pair, can in (await built.possible()).items():
+    await built.find_possible()
+    for pair, can in built.can_be_direct.items():
         possible[pair] = can or possible.get(pair, False)
     async with cast(built.places.items(), folder) as players:
         await assemble(players, built)

@@ -28,8 +28,11 @@ PUBLIC = ("hub", "second", "third")
 READY_S = 30.0
 """How long sites may take to be callable after they have joined."""
 POLL_S = 0.1
-DIRECT_S = 4.0
-"""How long a connection is watched for becoming direct: several times what an upgrade takes."""
+JOINS_AT_ONCE = 8
+DIRECT_S = 20.0
+"""How long a connection that can become direct is waited for."""
+RELAYED_S = 3.0
+"""How long one that cannot is watched all the same: several times what an upgrade takes."""
 
 Pair = tuple[str, str]
 
@@ -64,6 +67,8 @@ class Stage:
     def __init__(self, lab: Lab, kinds: Sequence[Kind], shared: Sequence[tuple[str, bool]]) -> None:
         self.lab = lab
         self.kinds = kinds
+        self.can_be_direct: dict[Pair, bool] = {}
+        """What `find_possible` found."""
         self.places: dict[str, Space] = {}
         """Where players stand, by name."""
         self.sites: dict[str, Site] = {}
@@ -99,9 +104,9 @@ class Stage:
             rounds[-1] = rounds[-1][: count // 2]
         return [pair for one in rounds for pair in one]
 
-    async def possible(self) -> dict[Pair, bool]:
-        """Which pairs can be connected directly, by raw punches (within one home: by its own network)."""
-        found: dict[Pair, bool] = {}
+    async def find_possible(self) -> None:
+        """Find out by raw punches which pairs can be connected directly (in one home: by its own network)."""
+        found = self.can_be_direct
         known, other = self.sites["hub"], self.sites["second"]
 
         async def ask(pair: Pair) -> None:
@@ -122,7 +127,6 @@ class Stage:
                 nursery.start_soon(ask, pair)
             for name in self.shared:
                 nursery.start_soon(ask_shared, name)
-        return found
 
 
 @contextmanager
@@ -144,35 +148,39 @@ async def assemble(players: dict[str, Voice], stage: Stage) -> None:
     ticket = (await players["hub"].ask("found"))["ticket"]
 
     async def join(name: str) -> None:
-        await players[name].ask("join", ticket=ticket)
-        for public in met:
-            await players[name].ask("meet", addrs=public)
+        async with limiter:
+            await players[name].ask("join", ticket=ticket)
+            await players[name].ask("meet", addrs=met)
 
-    met: list[list[str]] = []
-    for name in PUBLIC[1:]:
-        await join(name)
-        met.append((await players[name].ask("told"))["addrs"])
+    limiter = trio.CapacityLimiter(JOINS_AT_ONCE)
+
+    await players["second"].ask("join", ticket=ticket)
+    met = (await players["second"].ask("told"))["addrs"]
     async with trio.open_nursery() as nursery:
         for name in players:
-            if name not in PUBLIC:
+            if name not in PUBLIC[:2]:
                 nursery.start_soon(join, name)
+    # Somebody whom it never wrote to calls each public host, as happens in a swarm by itself: so it knows.
+    home = next(name for name in players if stage.sites[name].kind.boxes)
+    for name, player in players.items():
+        if name not in PUBLIC[:2] and not stage.sites[name].kind.boxes:
+            caller = players[home if name == "third" else "third"]
+            await caller.ask("meet", addrs=(await player.ask("told"))["addrs"])
     async with trio.open_nursery() as nursery:
-        for name in players:
-            if stage.sites[name].kind.boxes:
-                nursery.start_soon(_callable, players[name])
+        for name, player in players.items():
+            nursery.start_soon(_callable, player, not stage.sites[name].kind.boxes)
 
 
-async def _callable(player: Voice) -> None:
-    """Return once the player tells a relayed address."""
+async def _callable(player: Voice, is_public: bool) -> None:
+    """Return once the player knows that it is public, or tells a relayed address."""
     with trio.move_on_after(READY_S):
         while True:
-            addrs = (await player.ask("told"))["addrs"]
-            if any("/p2p-circuit" in addr for addr in addrs):
+            told = await player.ask("told")
+            relayed = any("/p2p-circuit" in addr for addr in told["addrs"])
+            if relayed != is_public and (told["kind"] == "public") == is_public:
                 return
             await trio.sleep(POLL_S)
-    raise PlayerFailed(
-        f"{player.name} tells no relayed address after {READY_S:g} s, but {addrs}; see {player.log}"
-    )
+    raise PlayerFailed(f"{player.name} is not callable after {READY_S:g} s: {told}; see {player.log}")
 
 
 async def calls(
@@ -183,7 +191,10 @@ async def calls(
     at_once: int,
     heard: Callable[[Outcome], None] = print,
 ) -> list[Outcome]:
-    """Let every pair call, `at_once` pairs at a time; `seed` draws who calls whom and in which order."""
+    """Let every pair call, `at_once` pairs at a time; `seed` draws who calls whom and in which order.
+
+    `Stage.find_possible` and `assemble` come before.
+    """
     rng = random.Random(seed)
     pairs = [*stage.pairs(), *((name, name) for name in stage.shared)]
     rounds = [pairs[at : at + len(stage.kinds)] for at in range(0, len(pairs), len(stage.kinds))]
@@ -194,7 +205,7 @@ async def calls(
         ends = [players[f"{kind} {number}"] for number, kind in enumerate(pair)]
         caller, callee = reversed(ends) if flipped else ends
         async with limiter:
-            outcome = await call(pair, caller, callee)
+            outcome = await call(pair, caller, callee, DIRECT_S if stage.can_be_direct[pair] else RELAYED_S)
         outcomes.append(outcome)
         heard(outcome)
 
@@ -207,11 +218,11 @@ async def calls(
     return outcomes
 
 
-async def call(pair: Pair, caller: Voice, callee: Voice) -> Outcome:
-    """One call; both ends must agree on the path that it ends up on."""
+async def call(pair: Pair, caller: Voice, callee: Voice, watch_s: float) -> Outcome:
+    """One call, watched so long for becoming direct; both ends must agree on the path that it ends up on."""
     try:
         told = await callee.ask("told")
-        answer = await caller.ask("call", addrs=told["addrs"], direct_s=DIRECT_S)
+        answer = await caller.ask("call", addrs=told["addrs"], watch_s=watch_s)
         there = await callee.ask("path", peer=(await caller.ask("told"))["peer"])
     except PlayerFailed as error:
         return Outcome(pair, False, trouble=str(error))

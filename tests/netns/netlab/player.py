@@ -23,9 +23,11 @@ from typing import Any
 
 import trio
 
-from mycel.node.config import Config
+from mycel.node.config import PRESETS, Config
 from mycel.node.contacts import Contacts
+from mycel.node.gather import Gather
 from mycel.node.host import Host
+from mycel.node.memory import VolatileMemory
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.reach import Reach
 from mycel.node.tcp import TcpNetwork
@@ -41,7 +43,7 @@ from netlab.space import die_with_parent, enter
 
 LISTEN = "/ip4/0.0.0.0/tcp/4001"
 CALL_S = 10.0
-POLL_S = 0.002
+POLL_S = 0.005
 
 ECHO = Method("netlab.echo", bytes, bytes)
 
@@ -85,8 +87,10 @@ class Player:
         return {"peer": peer, "path": self.host.peers[peer].path.value}
 
     async def told(self) -> Answer:
-        """Where this node tells others to dial it."""
-        return {"peer": self.host.peer_id, "addrs": [str(addr) for addr in self.host.listen_addrs]}
+        """Where this node tells others to dial it, and what it takes itself for."""
+        assert self._reach is not None
+        addrs = [str(addr) for addr in self.host.listen_addrs]
+        return {"peer": self.host.peer_id, "addrs": addrs, "kind": self._reach.verdict.kind.value}
 
     async def path(self, peer: str) -> Answer:
         """How this node is connected with `peer`: direct, relayed or none."""
@@ -98,14 +102,8 @@ class Player:
         self.host.disconnect(PeerId(peer), "the test says so")
         return {}
 
-    async def view(self) -> Answer:
-        """What reach has found out."""
-        assert self._reach is not None
-        view = getattr(self._reach, "view", None)
-        return {"view": repr(view()) if view is not None else ""}
-
-    async def call(self, addrs: Sequence[str], direct_s: float) -> Answer:
-        """Call the peer at `addrs`, wait up to `direct_s` for a direct connection, and call again.
+    async def call(self, addrs: Sequence[str], watch_s: float) -> Answer:
+        """Call the peer at `addrs`, wait up to `watch_s` for a direct connection, and call again.
 
         Answers whether both calls came back, the paths at first and at last, and the seconds to the first
         connection (`up_s`) and from there to the direct one (`direct_s`, None where there was none).
@@ -118,7 +116,7 @@ class Player:
         up = time.monotonic()
         first = self.host.peers[peer].path
         calls = [await self._echo(peer)]
-        direct = await self._wait_direct(peer, up + direct_s)
+        direct = await self._wait_direct(peer, up + watch_s)
         calls.append(await self._echo(peer))
         info = self.host.peers.get(peer)
         return {
@@ -143,7 +141,7 @@ class Player:
         return await self._rpc.call(peer, ECHO, said, deadline_s=CALL_S) == said
 
     async def _start(self, credentials: Credentials) -> None:
-        config = Config(home=Path("nowhere"), preset="lan", listen=(LISTEN,))
+        config = Config(**{**PRESETS["wan"], "home": Path("nowhere"), "preset": "wan", "listen": (LISTEN,)})
         outward = Outward(self._network)
         membership = Membership(credentials, self._network.wall, limits=config.limits())
         self._host = Host(
@@ -152,7 +150,8 @@ class Player:
         self._rpc = Rpc(self._host)
         self._rpc.serve(ECHO, _echo, inline=True)
         contacts = Contacts(self._host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
-        self._reach = Reach(config, outward, self._host, self._rpc, contacts)
+        gather = Gather(self._host, self._rpc, contacts, VolatileMemory())
+        self._reach = Reach(config, outward, self._host, contacts, gather)
         for service in (self._host.run, self._rpc.run, self._reach.run):
             await self._nursery.start(service)
 
@@ -167,8 +166,7 @@ async def play(control: socket.socket) -> None:
     async with trio.open_nursery() as nursery:
         player = Player(nursery)
         methods: Mapping[str, Callable[..., Awaitable[Answer]]] = {
-            name: getattr(player, name)
-            for name in ("found", "join", "meet", "told", "path", "drop", "view", "call")
+            name: getattr(player, name) for name in ("found", "join", "meet", "told", "path", "drop", "call")
         }
         text = b""
         async for data in stream:
