@@ -51,6 +51,13 @@ class Config:
     web_key: str = ""
     """PEM file with that certificate's key."""
 
+    mdns: bool = True
+    """Find members on the local network by mDNS, and be found. What it tells everybody there: a peer id, a
+    port, and a tag of the swarm."""
+
+    port_mapping: bool = True
+    """Ask the router (UPnP, NAT-PMP) to forward a port to this node, and give it back at exit."""
+
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on: the public side of a forwarded port."""
 
@@ -238,6 +245,8 @@ _POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepal
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "local": {
         "listen": ("/ip4/127.0.0.1/tcp/0",),
+        "mdns": False,
+        "port_mapping": False,
         "dial_s": 2.0,
         "keepalive_s": 0.25,
         "silence_s": 1.5,

@@ -186,6 +186,12 @@ class Gather:
         others = [Told(one.peer, one.addrs) for one in self._contacts.told() if one.addrs]
         return TellPeers((own, *others[: TOLD_MAX - 1]))
 
+    def learn(self, peer: PeerId, addrs: Sequence[str]) -> None:
+        """Somebody else than a member says that `peer` is at `addrs`: dial it, unless it is connected."""
+        if peer not in self._mesh.peers:
+            self._contacts.learn(peer, addrs, trio.current_time())
+            self._wake()
+
     def _wake(self) -> None:
         self._changed.set()
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,9 +31,12 @@ from mycel.node.config import Config
 from mycel.node.memory import FolderMemory, Memory
 from mycel.node.running import Node
 from mycel.node.tcp import TcpNetwork
+from mycel.node.tls import server_context
+from mycel.node.transports import Transports
 from mycel.node.trust import Trust, join_swarm, open_trust
 from mycel.node.web import serve_web
 from mycel.protocol.errors import MycelError
+from mycel.protocol.network import Network
 from mycel.protocol.ticket import parse_ticket
 
 log = logging.getLogger("mycel.node")
@@ -67,7 +71,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
     for a ticket that is over, and when the swarm does not let a joining node in.
     """
     with locked(config.home):
-        network = TcpNetwork()
+        network = Transports(TcpNetwork(), server_tls=_server_tls(config))
         memory = FolderMemory(config.home)
         trust, bootstrap = _settle_trust(config, network, memory, ticket, leave)
         papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap)
@@ -82,6 +86,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
                 daemon.run, config, network, partial(start_worker, options), papers
             )
             await nursery.start(serve_web, node, memory)
+            await _start_neighbourly(node, nursery)
             watcher.on_up(node)
             nursery.start_soon(_heed_signals, node, nursery.cancel_scope)
             if ticket is not None:
@@ -115,8 +120,28 @@ def locked(home: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+async def _start_neighbourly(node: Node, nursery: trio.Nursery) -> None:
+    """The services that speak to the house this machine is in; their libraries are loaded when needed."""
+    if node.reach.is_local:
+        return
+    if node.config.mdns:
+        from mycel.node.reach.lan import Lan
+
+        await nursery.start(Lan(node).run)
+    if node.config.port_mapping:
+        from mycel.node.reach.gateway import PortMapper
+
+        await nursery.start(PortMapper(node).run)
+
+
+def _server_tls(config: Config) -> ssl.SSLContext | None:
+    if not config.web_certificate:
+        return None
+    return server_context(Path(config.web_certificate).expanduser(), Path(config.web_key).expanduser())
+
+
 def _settle_trust(
-    config: Config, network: TcpNetwork, memory: Memory, ticket: str | None, leave: bool
+    config: Config, network: Network, memory: Memory, ticket: str | None, leave: bool
 ) -> tuple[Trust, tuple[Multiaddr, ...]]:
     now, entropy = network.wall(), network.entropy
     if ticket is None:

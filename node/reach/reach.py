@@ -54,6 +54,7 @@ class Reach:
         self._gather = gather
         self._wake = trio.Event()
         self._epoch = 0
+        self._mapped: list[Multiaddr] = []
         self._judge = Judge()
         self.verdict = self._judge.verdict()
         """What this node is to others, as last judged."""
@@ -113,15 +114,22 @@ class Reach:
         return 0 if self._host.bound_addrs and self.prober.is_waiting else RELAYS
 
     def forwarded(self) -> list[Multiaddr]:
-        """Addresses that lead here though nothing here listens on them: what the owner announces."""
+        """Addresses that lead here though nothing here listens on them: what the owner announces, and what
+        the router promises."""
         own = f"/p2p/{self._host.peer_id}"
-        return [Multiaddr(addr.removesuffix(own)) for addr in self._config.announce]
+        return [*(Multiaddr(addr.removesuffix(own)) for addr in self._config.announce), *self._mapped]
+
+    def set_mapped(self, addrs: Sequence[Multiaddr]) -> None:
+        """The router promises that calls to `addrs` arrive here; it remains to be seen."""
+        self._mapped = list(addrs)
+        self.changed()
 
     def _told(self) -> Sequence[Multiaddr]:
         """The addresses to tell others, best first, without this node's id; empty where the bound ones do."""
         bound = list(self._host.bound_addrs)
-        own = self.forwarded() if self._config.announce else [*self._judge.public_addrs(), *bound]
-        own = list(dict.fromkeys(own))
+        own = list(self.forwarded())
+        if not self._config.announce:
+            own = list(dict.fromkeys([*own, *self._judge.public_addrs(), *bound]))
         circuits = list(self.circuits.addrs)[:CIRCUITS_TOLD]
         told = [*own[: ADDRS_MAX - len(circuits)], *circuits]
         return [] if sorted(map(str, told)) == sorted(map(str, bound)) else told

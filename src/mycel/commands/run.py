@@ -21,6 +21,11 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--preset", {"help": "local (this machine only), lan, or wan. [default: lan]"}),
     ("--listen", {"multiple": True, "metavar": "ADDR", "help": "Listen here, e.g. /ip4/0.0.0.0/tcp/4800."}),
     ("--announce", {"multiple": True, "metavar": "ADDR", "help": "Tell others this address instead."}),
+    ("--mdns/--no-mdns", {"default": None, "help": "Find members on the local network. [default: yes]"}),
+    (
+        "--port-mapping/--no-port-mapping",
+        {"default": None, "help": "Ask the router to forward a port. [default: yes]"},
+    ),
     ("--api", {"metavar": "HOST:PORT", "help": "HTTP API. [default: 127.0.0.1:4810 or a free port]"}),
     (
         "--serve",
