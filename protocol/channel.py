@@ -128,11 +128,13 @@ class Channel:
         While such a copy waits nothing is taken (0); `on_drained` is called when it went out.
         """
         self.check_writable()
+        if self.queued:
+            return 0
         self.flush_prefix()
         taken, size = 0, len(data)
-        while taken < size and not self.queued:
+        while taken < size:
             least = min(size - taken, FRAGMENT_MIN)
-            count = min(size - taken, self.send_window, self._egress.room(least))
+            count = 0 if self.queued else min(size - taken, self.send_window, self._egress.room(least))
             if count < least:
                 piece = bytes(data[taken : taken + OFFER_BYTES])
                 self._push(memoryview(piece), len(piece))

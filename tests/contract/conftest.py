@@ -24,12 +24,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from multiaddr import Multiaddr
 
 from mycel.node.host import Host
+from mycel.node.reach.circuit import StreamPipe
+from mycel.node.reach.relay_server import RelayServer
+from mycel.node.stream import HostStream
 from mycel.node.tcp import TcpListener, TcpNetwork, TcpPipe
 from mycel.node.tls import server_context
 from mycel.node.transports import Transports
+from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import Access, Mesh, Stream
 from mycel.protocol.network import Listener, Network, Pipe
+from mycel.protocol.relay import HOP, STOP, Kind, Message, Status, read_hop, write_hop, write_stop
 from mycel.simnet import clock
 from mycel.simnet.internet import BufferOptions, InternetOptions, internet
 from mycel.simnet.mesh import MeshOptions, mesh_world
@@ -75,6 +80,7 @@ def remember(opened: list[TcpPipe | TcpListener]) -> Iterator[None]:
 
 
 Scenario = Callable[[Place], Awaitable[None]]
+NOWHERE = Multiaddr("/ip4/192.0.2.1/tcp/1")
 SCENARIO_S = 30.0
 
 
@@ -175,9 +181,90 @@ def play(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
     return request.param
 
 
-@pytest.fixture(params=[play_tcp, play_simnet, play_ws, play_wss], ids=["tcp", "simnet", "ws", "wss"])
+def key_of_name(name: str) -> OwnKey:
+    """A key made of its name."""
+    return OwnKey(hashlib.sha256(name.encode()).digest())
+
+
+@dataclass(frozen=True)
+class StreamPlace:
+    """Two hosts whose streams are taken as pipes, through a third one or not."""
+
+    near: Host
+    far: Host
+    relay: Host | None = None
+
+    async def connect(self) -> tuple[None, Pipe, Pipe]:
+        """The two ends of a stream, as pipes."""
+        arrived: list[HostStream] = []
+        here, done = trio.Event(), trio.Event()
+
+        async def keep(stream: Stream) -> None:
+            assert isinstance(stream, HostStream)
+            if self.relay is None:
+                await stream.receive_exactly(1)
+            else:
+                await receive_prefixed(stream, 4096)
+                await stream.send(write_stop(Message(Kind.STATUS, status=Status.OK)))
+            arrived.append(stream)
+            here.set()
+            await done.wait()
+
+        self.far.serve_stream("/pipe" if self.relay is None else STOP, keep)
+        if self.relay is None:
+            await self.near.connect(self.far.listen_addrs)
+            stream = await self.near.open_stream(self.far.peer_id, "/pipe")
+            await stream.send(b"!")
+        else:
+            await self._ask(self.far, Message(Kind.RESERVE))
+            stream = await self._ask(self.near, Message(Kind.CONNECT, self.far.peer_id))
+        await here.wait()
+        ends = [StreamPipe(one, local=NOWHERE, remote=NOWHERE) for one in (stream, arrived[0])]
+        return None, ends[0], ends[1]
+
+    async def _ask(self, host: Host, request: Message) -> HostStream:
+        """A request to the relay that is granted."""
+        assert self.relay is not None
+        await host.connect(self.relay.listen_addrs)
+        stream = await host.open_stream(self.relay.peer_id, HOP)
+        await stream.send(write_hop(request))
+        assert read_hop(await receive_prefixed(stream, 4096)).status == Status.OK
+        return stream
+
+
+def play_streams(scenario: Callable[[StreamPlace], Awaitable[None]], *, relayed: bool = False) -> None:
+    """Streams between hosts in virtual time."""
+
+    async def main() -> None:
+        async with internet(InternetOptions(seed=6)) as net, trio.open_nursery() as nursery:
+            hosts = [
+                Host(SimNetwork(net.add(name)), key_of_name(name), listen=["/ip4/0.0.0.0/tcp/4001"],
+                     default_access=Access.MEMBER)
+                for name in ("near", "far", "relay")
+            ]  # fmt: skip
+            for host in hosts:
+                await nursery.start(host.run)
+            server = RelayServer(hosts[2])
+            await nursery.start(server.run)
+            server.serve(True)
+            with trio.fail_after(SCENARIO_S):
+                await scenario(StreamPlace(hosts[0], hosts[1], hosts[2] if relayed else None))
+            nursery.cancel_scope.cancel()
+
+    clock.run(main, seed=6)
+
+
+def play_circuit(scenario: Callable[[StreamPlace], Awaitable[None]]) -> None:
+    """Streams that a relay joins, in virtual time."""
+    play_streams(scenario, relayed=True)
+
+
+@pytest.fixture(
+    params=[play_tcp, play_simnet, play_ws, play_wss, play_streams, play_circuit],
+    ids=["tcp", "simnet", "ws", "wss", "stream", "circuit"],
+)
 def play_pipe(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
-    """As `play`, with the pipes that are layered over TCP."""
+    """As `play`, with the pipes that are layered over others."""
     return request.param
 
 
@@ -269,7 +356,7 @@ async def run_hosts(
     hosts = {
         name: Host(
             network,
-            OwnKey(hashlib.sha256(name.encode()).digest()),
+            key_of_name(name),
             listen=[listen],
             default_access=Access.STRANGER if name == "strict" else Access.MEMBER,
         )

@@ -1,4 +1,4 @@
-"""What every `Pipe` must do, in both worlds: bytes, backpressure, ends and losses."""
+"""What every `Pipe` must do, in both worlds and over streams: bytes, backpressure, ends and losses."""
 
 from __future__ import annotations
 
