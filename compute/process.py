@@ -29,8 +29,8 @@ PASSED_ON = (
 )  # fmt: skip
 """Variables a worker may see of those it is offered: where things are, never secrets."""
 OWN_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # idle OpenMP threads sleep instead of burning what other workers need
-    "GOMP_SPINCOUNT": "0",
+    "OMP_WAIT_POLICY": "passive",  # idle OpenMP threads sleep instead of burning what other workers need,
+    "GOMP_SPINCOUNT": "5000",  # ...0.1 ms after the last product: within a step the next one is near
     "KMP_BLOCKTIME": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",

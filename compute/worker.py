@@ -147,7 +147,11 @@ class WorkerEngine:
         progress: Callable[[float, str], None] | None = None,
     ) -> Res:
         content = operation.request.encode(request)
-        async with self._turn:
+        if self._turn.locked():
+            await self._turn.acquire()
+        else:
+            self._turn.acquire_nowait()  # without a pass of trio's loop, which would be on every token's way
+        try:
             await self._await_hello()
             self._number += 1
             number = self._number
@@ -163,6 +167,8 @@ class WorkerEngine:
             except RemoteProtocolError as error:
                 self._lose(f"its answer to {name} made no sense: {error}")
                 raise self._lost() from error
+        finally:
+            self._turn.release()
 
     async def _await_hello(self) -> None:
         if self._why is not None:

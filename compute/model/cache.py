@@ -117,6 +117,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
         return self.keys, self.values
 
+    def room(self) -> int:
+        """Rows that fit, in all."""
+        return self.capacity
+
     def get_seq_length(self) -> int:
         """Rows held."""
         return self.length
@@ -198,6 +202,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         seen = max(0, end - rows - (self.sliding_window - 1))
         self.keys, self.values = self.key_buffer[:, :, seen:end], self.value_buffer[:, :, seen:end]
         return self.keys, self.values
+
+    def room(self) -> int:
+        """Rows that fit, in all, before those still needed have to move."""
+        return self.start + self.capacity
 
     def rewind(self, rows: int) -> None:
         """Drop the last `rows` rows."""
@@ -348,6 +356,12 @@ class SessionCache(DynamicCache):
         for layer, shape in zip(self.own, shapes, strict=True):
             if isinstance(layer, (GrowingLayer, WindowLayer)) and isinstance(shape, RowShape):
                 layer.reserve(rows, shape)
+
+    def room(self) -> int:
+        """How many rows, in all, fit into what is allocated; 0 where only a layer's own class can tell."""
+        if not all(isinstance(layer, (GrowingLayer, WindowLayer)) for layer in self.own):
+            return 0
+        return min(int(layer.room()) for layer in self.own)
 
     def shapes(self) -> tuple[RowShape | int, ...]:
         """Per own layer: what its rows look like, or the bytes of a state of fixed size."""

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mycel.compute.engine import ModelUnsupported, Span
+from mycel.compute.model.blocks import use_blocks
 from mycel.compute.model.cache import LayerPlan, SessionCache
 from mycel.compute.model.gates import Entry, Exit, Gate, LayerList, StopForward, replace_module
 from mycel.compute.model.packed import PackedCache, Way, attention_configs, packing
@@ -40,6 +41,9 @@ class Forward:
         self._layouts: dict[Span, tuple[nn.ModuleList, Entry | None]] = {}
         self._laid: Span | None = None
         self._configs = attention_configs(model)
+        self._blocks = use_blocks(model)
+        self.threads = 0
+        """Threads for the next steps (alone: for reading weights, which shows in no bit); 0: all."""
         text = model.config.get_text_config(decoder=True)
         self.has_windows = any("window" in name and value for name, value in text.to_dict().items())
         """Whether some layers see less than the whole past."""
@@ -59,7 +63,8 @@ class Forward:
         more: dict[str, Any] = {}
         if self.is_last(span) and self._keeps_logits:
             more["logits_to_keep"] = 1
-        out = self._call(span, inputs, cache, more)[0]
+        with self._blocks.alone(self.threads):
+            out = self._call(span, inputs, cache, more)[0]
         cache.length += inputs.shape[1]
         return out[-1:] if self.is_last(span) else out
 
@@ -85,7 +90,7 @@ class Forward:
             more["logits_to_keep"] = ends
         if way == "masked":
             more["attention_mask"] = cache.joint_mask(self.dtype, self.device)
-        with packing(self._configs, cache):
+        with packing(self._configs, cache), self._blocks.together(self.threads):
             out = self._call(span, inputs, cache, more)[0]
         if cache.attended != span.end - span.start:
             raise ModelUnsupported(f"its attention cannot be packed ({way}): not every layer came through")

@@ -23,6 +23,7 @@ from mycel.compute.model import sample
 from mycel.compute.model.cache import SessionCache
 from mycel.compute.model.forward import Forward
 from mycel.compute.model.memory import is_out_of_memory
+from mycel.compute.model.threads import ThreadChoice
 from mycel.compute.model.trial import Trial
 from mycel.compute.model.wire import tensor_from_wire, tensor_to_wire
 
@@ -38,6 +39,8 @@ class Held:
 
     cache: SessionCache
     nbytes: int = 0
+    room: int = 0
+    """Rows that fit, in all, before the cache has to grow."""
     context: list[int] = field(default_factory=list)
     """Token ids so far, for the repetition penalty; empty while nobody asked for one."""
 
@@ -54,6 +57,8 @@ class Stage:
         self._open_forward: Forward | None = forward
         self._trial = trial
         self._kv_bytes_max = kv_bytes_max
+        self._threads = torch.get_num_threads() if info.device == "cpu" else 1
+        self._choices: dict[tuple[Span, int], ThreadChoice] = {}  # by layers, and rows in powers of two
         self._sessions: dict[str, dict[Span, Held]] = {}
         self._kv_bytes = 0
         self._steps = 0
@@ -201,10 +206,13 @@ class Stage:
 
     def _make_room(self, held: Held, rows: int) -> None:
         """Grow the session's cache for `rows` more; raises `WorkRefused` where the bound is reached."""
+        if held.cache.length + rows <= held.room:
+            return
         first, span = self.info.span.start, held.cache.span
         shapes = self._trial.shapes[span.start - first : span.end - first]
         more = held.cache.bytes_after(rows, shapes) - held.nbytes
         if more == 0:
+            held.room = held.cache.room()
             return
         refusal = None
         if self._kv_bytes + more > self._kv_bytes_max:
@@ -220,6 +228,7 @@ class Stage:
                     raise
                 refusal = f"full: the device has no memory for {more} more bytes of cache ({error})"
         self._account(held)
+        held.room = held.cache.room()
         if refusal:
             if held.cache.length == 0:
                 self._drop(held)
@@ -248,10 +257,15 @@ class Stage:
         counts = [row_count(work) for work in chosen]
         try:
             inputs = self._inputs(chosen)
+            choice = self._choice(span, counts)
+            self._forward.threads = choice.threads() if choice else 0
+            began = time.perf_counter()
             if len(chosen) == 1 or way is None:
                 outs = [self._forward.alone(span, inputs, helds[0].cache)]
             else:
                 outs = self._forward.packed(span, inputs, [held.cache for held in helds], counts, way)
+            if choice:
+                choice.note(time.perf_counter() - began)
             for index, work, held, out in zip(group, chosen, helds, outs, strict=True):
                 results[index] = self._finish(work, held, out)
         except Exception as error:  # boundary: what a model's code raises ends these sessions, not the stage
@@ -267,6 +281,12 @@ class Stage:
         if not self.info.card.rewindable:
             for held in helds:
                 self._account(held)
+
+    def _choice(self, span: Span, counts: Sequence[int]) -> ThreadChoice | None:
+        """What says how many threads a step gets; None for a prefill, which gets all."""
+        if self._threads == 1 or len(counts) < sum(counts):
+            return None
+        return self._choices.setdefault((span, len(counts).bit_length()), ThreadChoice(self._threads))
 
     def _inputs(self, works: Sequence[Work]) -> torch.Tensor:
         """The rows of all works as one sequence: ids [1, rows], or hidden states [1, rows, hidden]."""

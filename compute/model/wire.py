@@ -21,21 +21,16 @@ def tensor_from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype) -
     found = DTYPES.get(tensor.dtype)
     if found is None:
         raise ValueError(f"hidden states are float32, bfloat16 or float16, not {tensor.dtype}")
-    held = torch.empty(1, *tensor.shape, dtype=found)
-    raw_bytes(held)[:] = memoryview(tensor.data).cast("B")
-    return held.to(device=device, dtype=dtype)
+    held = torch.frombuffer(bytearray(tensor.data), dtype=found).view(1, *tensor.shape)
+    return held if held.device == device and found == dtype else held.to(device=device, dtype=dtype)
 
 
 def tensor_to_wire(hidden: torch.Tensor) -> Tensor:
     """[rows, hidden] as bytes; on the CPU they are the tensor's own memory."""
-    held = hidden.detach().to("cpu").contiguous()
+    held = hidden.detach() if hidden.requires_grad else hidden
+    held = (held if held.is_cpu else held.cpu()).contiguous()
     name = NAMES.get(held.dtype)
     if name is None:
         raise ValueError(f"hidden states of dtype {held.dtype} have no form on the wire")
-    return Tensor(name, tuple(held.shape), raw_bytes(held))
-
-
-def raw_bytes(held: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory; the view keeps the tensor alive."""
-    array: Any = held.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    plain: Any = held if held.dtype == torch.float32 else held.view(torch.uint8)  # numpy knows no bfloat16
+    return Tensor(name, tuple(held.shape), memoryview(plain.numpy()).cast("B"))
