@@ -14,7 +14,7 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.node.counters import Counters
-from mycel.node.dialer import Race
+from mycel.node.dialer import Race, Stagger
 from mycel.node.link import Link
 from mycel.node.roster import Roster
 from mycel.protocol.address import is_circuit, peer_of
@@ -50,6 +50,7 @@ class Connector:
         self._host = host
         self._network = network
         self._roster = roster
+        self._stagger = Stagger()
         self._dialing: dict[PeerId, trio.Lock] = {}
         self.dial_circuit: CircuitDial | None = None
         """Dials relayed addresses, where this host can."""
@@ -87,7 +88,8 @@ class Connector:
             await trio.lowlevel.checkpoint()
             return wanted
         try:
-            link = await Race(addrs, self._attempt).run()
+            direct_first = sorted(addrs, key=is_circuit)
+            link = await Race(direct_first, self._attempt, self._stagger, _not_needed).run()
         except DialError:
             self._host.counters.dials_failed += 1
             raise
@@ -120,6 +122,10 @@ class Connector:
             link.end("closed", "the dial was given up")
             raise
         return link
+
+
+def _not_needed(link: Link) -> None:
+    link.end("closed", "another address of this peer answered first")
 
 
 def _as_dial_error(lost: ConnectionLost) -> MycelError:

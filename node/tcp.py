@@ -22,12 +22,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Sequence
 
 import psutil
 import trio
 from multiaddr import Multiaddr
 
+from mycel.node.dialer import Race, Stagger
 from mycel.protocol.address import Endpoint, endpoint_of, tcp_addr
 from mycel.protocol.errors import AddressError, DialError, PipeBroken
 
@@ -36,9 +36,6 @@ BACKLOG = 512
 
 LINGER_S = 2.0
 """How long a closed pipe may go on sending what it had taken."""
-
-STAGGER_S = 0.25
-"""Between dials to several addresses of one name (RFC 8305, section 5)."""
 
 NO_DESCRIPTORS_S = 0.05
 """Pause of an acceptor when the process is out of file descriptors."""
@@ -266,42 +263,11 @@ async def _resolve(endpoint: Endpoint) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-async def _race(hosts: Sequence[str], port: int, local: Endpoint | None) -> TcpPipe:
-    """Dial several addresses of one name, staggered; the first that answers wins, the rest are closed."""
-    won: list[TcpPipe] = []
-    errors: list[str] = []
-
-    async def attempt(host: str, failed: trio.Event) -> None:
-        try:
-            pipe = await _dial_ip(host, port, local)
-        except DialError as error:
-            errors.append(str(error))
-            failed.set()
-            return
-        if won:
-            pipe.reset()
-        else:
-            won.append(pipe)
-            nursery.cancel_scope.cancel()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            for host in hosts:
-                failed = trio.Event()
-                nursery.start_soon(attempt, host, failed)
-                with trio.move_on_after(STAGGER_S):
-                    await failed.wait()
-    except trio.Cancelled:
-        for pipe in won:
-            pipe.reset()
-        raise
-    if not won:
-        raise DialError("; ".join(errors))
-    return won[0]
-
-
 class TcpNetwork:
     """`Network` over the operating system's sockets, clock and randomness."""
+
+    def __init__(self) -> None:
+        self._stagger = Stagger()
 
     async def dial(self, addr: Multiaddr, *, local: Multiaddr | None = None) -> TcpPipe:
         """See `Network.dial`."""
@@ -312,9 +278,13 @@ class TcpNetwork:
         if not endpoint.is_name:
             return await _dial_ip(endpoint.host, endpoint.port, near)
         hosts = await _resolve(endpoint)
-        if len(hosts) == 1:
-            return await _dial_ip(hosts[0], endpoint.port, near)
-        return await _race(hosts, endpoint.port, near)
+
+        async def attempt(addr: Multiaddr) -> TcpPipe:
+            found = endpoint_of(addr)
+            return await _dial_ip(found.host, found.port, near)
+
+        addrs = [tcp_addr(host, endpoint.port) for host in hosts]
+        return await Race(addrs, attempt, self._stagger, TcpPipe.reset).run()
 
     async def listen(self, addr: Multiaddr, *, shared: bool = False) -> TcpListener:
         """See `Network.listen`."""

@@ -1,4 +1,4 @@
-"""What a node does with the house it is in: it finds the swarm's other machines, and asks the router for a port.
+"""What a node does with the house it is in: finding machines of the swarm, asking the router for a port.
 
 The multicast is real, and so is the router: miniupnpd on the box.
 """

@@ -6,6 +6,7 @@ import pytest
 import trio
 from multiaddr import Multiaddr
 
+from mycel.node.dialer import STAGGER_MAX_S, STAGGER_MIN_S, Race, Stagger
 from mycel.protocol.errors import DialError, Refused
 from mycel.simnet.network import SimNetwork
 
@@ -147,3 +148,28 @@ def test_connect_calls_for_one_peer_share_one_connection(play):
         assert b.counters.accepted == 1
 
     play(scenario)
+
+
+def test_a_dead_first_address_costs_less_once_the_network_is_known_to_be_quick():
+    stagger = Stagger()
+    before = stagger.seconds
+    for _ in range(20):
+        stagger.learn(0.002)
+    assert stagger.seconds == STAGGER_MIN_S < before
+    for _ in range(20):
+        stagger.learn(5.0)
+    assert stagger.seconds == STAGGER_MAX_S
+
+
+async def test_a_slower_try_that_came_through_all_the_same_is_discarded(autojump_clock):
+    discarded = []
+
+    async def attempt(addr):
+        with trio.CancelScope(shield=True):
+            await trio.sleep(1.0)
+        return str(addr)
+
+    addrs = [Multiaddr(f"/ip4/11.0.0.{i}/tcp/1") for i in (1, 2)]
+    race = Race(addrs, attempt, discard=discarded.append)
+    assert await race.run() == str(addrs[0])
+    assert discarded == [str(addrs[1])]

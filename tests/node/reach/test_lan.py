@@ -43,7 +43,7 @@ def test_whatever_is_heard_it_is_taken_or_passed_over(properties, ips, port):
 
 def test_the_tag_does_not_show_the_swarm():
     assert len(TAG) == 16
-    assert TAG != swarm_tag("another swarm")
+    assert swarm_tag("another swarm") != TAG
     assert "a swarm" not in TAG
 
 
