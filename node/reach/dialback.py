@@ -115,7 +115,7 @@ class DialBack:
             return await self._knock(addrs)
         witness = PeerId(request.witness)
         known = self._host.peers.get(witness)
-        if known is None or known.access < Access.MEMBER:
+        if known is None or known.access < Access.MEMBER or witness == asker:
             return Outcome(why="not connected with that witness")
         return await self._ask(witness, Call(asker, tuple(addrs)))
 
@@ -137,7 +137,7 @@ class DialBack:
 
     async def _call(self, peer: PeerId, addrs: Sequence[str]) -> Outcome:
         """Connect as a member does, and stay."""
-        if peer in self._host.peers:
+        if peer in self._host.peers or peer == self._host.peer_id:
             return Outcome(why="connected already")
         try:
             wanted = [f"{tcp_addr(ip, port)}/p2p/{peer}" for ip, port in _ends(addrs)]

@@ -12,6 +12,7 @@ is in sight, nor while somebody's call is proof enough, and one question at a ti
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,7 @@ from mycel.node.reach.outward import Outward, ip_of, is_outside
 from mycel.node.reach.verdict import Judge
 from mycel.protocol import dialback, echo
 from mycel.protocol.address import endpoint_of, tcp_addr
+from mycel.protocol.dialback import Outcome
 from mycel.protocol.errors import AddressError, LimitExceeded
 from mycel.protocol.mesh import Access, PathKind, PeerId, PeerInfo, PeerUp
 
@@ -229,9 +231,16 @@ class Prober:
 
     async def _knock(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
         self._knocks[peer] = trio.current_time()
+        info = self._host.peers.get(peer)
         outcome = await self.dialback.knock(peer, addrs)
-        if outcome.tried:
-            self._judge.knocked(peer, addrs, outcome.addr, outcome.why)
+        if outcome.tried and info is not None:
+            self._note_knock(peer, ip_of(info.addr), addrs, outcome)
+
+    def _note_knock(self, peer: PeerId, ip: str, addrs: Sequence[Multiaddr], outcome: Outcome) -> None:
+        was_proven = self._judge.is_proven
+        self._judge.knocked(peer, ip, addrs, outcome.addr.partition("/p2p/")[0], outcome.why)
+        if self._judge.is_proven and not was_proven:
+            self._proven_at = trio.current_time()
 
     async def _ask_echo(self, server: PeerId) -> None:
         self._echoes[server] = trio.current_time()
@@ -265,19 +274,26 @@ class Prober:
             for addr in [*self._forwarded(), *self._bound]
             if is_outside(ip_of(addr)) and self._is_outside(ip_of(info.addr))
         ]
-        for contact in self._contacts.idle():
+        if not addrs:
+            return
+        for contact in sorted(self._contacts.idle(), key=lambda one: self._turn(one.peer)):
             ips = [ip for addr in contact.addrs if is_outside(ip := ip_of(addr))]
-            if contact.peer in members and ips and not any(map(self._network.has_contacted, ips)) and addrs:
+            if contact.peer in members and ips and not any(map(self._network.has_contacted, ips)):
                 self._contacts.hold(contact.peer, trio.current_time() + HOLD_S)
-                self._nursery.start_soon(self._call_by, teller, contact.peer, addrs[: dialback.ADDRS_MAX])
+                witness = contact.peer, ips[0]
+                self._nursery.start_soon(self._call_by, teller, witness, addrs[: dialback.ADDRS_MAX])
                 return
 
-    async def _call_by(self, teller: PeerId, witness: PeerId, addrs: Sequence[Multiaddr]) -> None:
-        outcome = await self.dialback.call_by(teller, witness, addrs)
+    def _turn(self, peer: PeerId) -> bytes:
+        """An order of peers that differs from node to node: whoever is a witness loses a proof of its own."""
+        return hashlib.sha256(f"{self._host.peer_id}{peer}".encode()).digest()
+
+    async def _call_by(self, teller: PeerId, witness: tuple[PeerId, str], addrs: Sequence[Multiaddr]) -> None:
+        peer, ip = witness
+        outcome = await self.dialback.call_by(teller, peer, addrs)
         if outcome.tried:
-            reached = outcome.addr.partition("/p2p/")[0]
-            self._judge.knocked(witness, addrs, reached, outcome.why)
-        log.debug("%s was asked to call: %s", witness, outcome.addr or outcome.why)
+            self._note_knock(peer, ip, addrs, outcome)
+        log.debug("%s was asked to call: %s", peer, outcome.addr or outcome.why)
         self._wake.set()
 
 

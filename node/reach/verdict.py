@@ -2,8 +2,9 @@
 
 Pure: findings come in, a `Verdict` with its evidence in plain words comes out. Nothing is guessed:
 
-public      somebody connected to this node from an address that it never sent a packet to (or, where a knock
-            at a forwarded port answered too, is known to reach that port so)
+public      somebody connected to this node from an address that it never sent a packet to; or, since in a
+            full mesh nobody is left whom it did not, members at different addresses got through from fresh
+            ports to a port that this node never dials from, so that no NAT and no firewall knows them there
 punchable   nobody unasked gets through, but every destination sees the same port of this node: that can be
             told to a peer, and both dial at the same moment
 symmetric   every destination sees another port: only peers that accept from any port can be punched to
@@ -34,6 +35,8 @@ from mycel.protocol.mesh import PeerId
 
 CALLERS_MAX = 8
 """Callers that are remembered as proof."""
+KNOCKS_NEEDED = 2
+"""Members at different addresses that must get through to a port where nobody unknown called."""
 KNOCKS_LOST = 2
 """Peers in a row that must knock in vain before a proof is given up: one may lie, or be cut off itself."""
 
@@ -70,7 +73,7 @@ class Judge:
         self._echoes: dict[PeerId, Mapped] = {}
         self._silent: dict[PeerId, str] = {}
         self._callers: dict[PeerId, str] = {}
-        self._open: dict[str, PeerId] = {}
+        self._open: dict[str, dict[PeerId, str]] = {}
         self._shut: dict[str, tuple[PeerId, str]] = {}
         self._vain: list[PeerId] = []
         self._is_outside = False
@@ -129,11 +132,16 @@ class Judge:
         if server not in self._echoes:
             self._silent[server] = why
 
-    def knocked(self, peer: PeerId, addrs: Sequence[Multiaddr], reached: str, why: str) -> None:
-        """`peer` dialled `addrs` from a fresh port; `reached` is which one answered, "" where none did."""
+    def knocked(self, peer: PeerId, ip: str, addrs: Sequence[Multiaddr], reached: str, why: str) -> None:
+        """`peer`, who is at `ip`, dialled `addrs` from a fresh port.
+
+        `reached` is the one that answered, "" where none did.
+        """
         asked = [str(addr) for addr in addrs]
         if reached in asked:
-            self._open[reached] = peer
+            by = self._open.setdefault(reached, {})
+            if peer in by or len(by) < KNOCKS_NEEDED:
+                by[peer] = ip
             self._shut.pop(reached, None)
             self._vain.clear()
             return
@@ -174,8 +182,8 @@ class Judge:
 
     @property
     def is_proven(self) -> bool:
-        """Whether somebody called whom this node had not contacted."""
-        return bool(self._callers)
+        """Whether others can call this node, over any IP version."""
+        return bool(self._callers) or any(map(self._is_through, self._open))
 
     @property
     def doubts(self) -> int:
@@ -199,6 +207,7 @@ class Judge:
         family = _family(ip)
         addrs = tuple(addr for addr in self.public_addrs() if not ip or _family(ip_of(addr)) == family)
         called = any(not ip or _family(caller) == family for caller in self._callers.values())
+        called = called or any(self._is_through(str(addr)) for addr in addrs)
         if not self._bound:
             return Verdict(Kind.RELAY_ONLY, ("it listens on no address", *evidence), ip)
         if not self._is_outside:
@@ -210,6 +219,10 @@ class Judge:
         if not ip and len(self._reports) + len(self._echoes) > 1:
             return Verdict(Kind.RELAY_ONLY, tuple(evidence), ip)
         return Verdict(mapping, tuple(evidence), ip)
+
+    def _is_through(self, addr: str) -> bool:
+        """Whether members at enough different addresses got through to `addr`."""
+        return len(set(self._open.get(addr, {}).values())) >= KNOCKS_NEEDED
 
     @property
     def _own_ips(self) -> Sequence[str]:
@@ -251,9 +264,10 @@ class Judge:
             f"{peer} connected from {ip}, which this node had never contacted"
             for peer, ip in list(self._callers.items())[:2]
         ]
-        words += [f"{addr} answered when {peer} dialled it" for addr, peer in self._open.items()]
+        for addr, by in self._open.items():
+            words += [f"{addr} answered {peer}, who dialled it from a fresh port" for peer in by]
         words += [f"{addr} did not answer {peer}: {why}" for addr, (peer, why) in self._shut.items()]
-        if self._vain and self._callers:
+        if self._vain and self.is_proven:
             words.append(f"{self._vain[0]} could not reach it any more; another one is asked")
         return words
 

@@ -85,7 +85,11 @@ class Town:
 
     async def found(self, name: str = "founder", *, kind: str = "open", **settings: Any) -> Node:
         """A node that founds the swarm, on a machine connected by a `kind` of `simnet.nat.KINDS`."""
-        network = SimNetwork(self.net.add_site(name, kind)[0])
+        return await self.found_on(self.net.add_site(name, kind)[0], **settings)
+
+    async def found_on(self, machine: Machine, **settings: Any) -> Node:
+        """As `found`, on a machine that is there."""
+        network = SimNetwork(machine)
         identity, root = OwnKey(network.entropy(32)), SigningKey(network.entropy(32))
         credentials = found_swarm(identity.peer_id, root, network.wall())
         return await self._start(network, Papers(identity, credentials), settings)
@@ -95,14 +99,16 @@ class Town:
         return await self.settle(self.net.add_site(name, kind)[0], **settings)
 
     async def settle(self, machine: Machine, **settings: Any) -> Node:
-        """As `join`, on a machine that is there."""
+        """As `join`, on a machine that is there. Returns once it is connected with the first one."""
         network = SimNetwork(machine)
         founder = next(iter(self.nodes.values()))
         ticket = parse_ticket(founder.issue_ticket(TicketAsk()).text)
         identity = OwnKey(network.entropy(32))
         credentials = Credentials(identity.peer_id, ticket.root, ticket.chain_for(identity.peer_id))
         papers = Papers(identity, credentials, bootstrap=ticket.bootstrap)
-        return await self._start(network, papers, settings)
+        node = await self._start(network, papers, settings)
+        await self.until(lambda: founder.host.peer_id in node.host.peers)
+        return node
 
     async def _start(self, network: SimNetwork, papers: Papers, settings: dict[str, Any]) -> Node:
         name = network.machine.name

@@ -10,6 +10,7 @@ from mycel.protocol.echo import Mapped
 from mycel.protocol.mesh import PeerId
 
 A, B, C, D = (PeerId(name) for name in ("anna", "bert", "cora", "dirk"))
+PLACE = {A: "11.0.1.1", B: "11.0.1.2", C: "11.0.1.3", D: "11.0.1.3"}
 OUT, OTHER, HOME = "11.0.0.1", "11.9.9.9", "192.168.1.2"
 
 
@@ -65,7 +66,7 @@ def test_a_forwarded_port_is_public_once_called_and_knocked_at():
     one = judge(HOME)
     one.reported({A: OUT})
     at = tcp_addr(OUT, 4800)
-    one.knocked(A, [at], str(at), "")
+    one.knocked(A, PLACE[A], [at], str(at), "")
     assert one.verdict().kind is Kind.UNKNOWN
     one.called(B, "11.0.0.7")
     verdict = one.verdict()
@@ -74,10 +75,29 @@ def test_a_forwarded_port_is_public_once_called_and_knocked_at():
     assert "stands behind a NAT" in words(one)
 
 
+def test_two_members_that_get_through_from_different_addresses_are_proof_too():
+    at = tcp_addr(OUT, 4001)
+    for one in (judge(OUT), judge(HOME)):
+        one.reported({A: OUT})
+        for peer, kind in ((C, Kind.UNKNOWN), (D, Kind.UNKNOWN), (C, Kind.UNKNOWN)):
+            one.knocked(peer, PLACE[peer], [at], str(at), "")
+            assert one.verdict().kind is kind  # one house is one voice
+    one = judge(HOME)
+    one.reported({A: OUT})
+    one.knocked(A, PLACE[A], [at], str(at), "")
+    one.knocked(C, PLACE[C], [at], str(at), "")
+    assert one.verdict().kind is Kind.PUBLIC
+    assert one.verdict().addrs == (at,)
+    assert "/ip4/11.0.0.1/tcp/4001 answered anna, who dialled it from a fresh port" in words(one)
+    for peer in (A, C):
+        one.knocked(peer, PLACE[peer], [at], "", "no answer")
+    assert one.verdict().kind is Kind.UNKNOWN
+
+
 def test_a_knock_proves_only_the_addresses_that_were_asked_for():
     one = judge(HOME)
     one.reported({A: OUT})
-    one.knocked(A, [tcp_addr(OUT, 4800)], f"/ip4/{OTHER}/tcp/1", "")
+    one.knocked(A, PLACE[A], [tcp_addr(OUT, 4800)], f"/ip4/{OTHER}/tcp/1", "")
     assert one.public_addrs() == []
 
 
@@ -191,12 +211,12 @@ def test_a_proof_falls_when_two_knock_in_vain_and_not_by_one():
     one.reported({A: OUT})
     one.called(B, "11.0.0.7")
     at = [tcp_addr(OUT, 4001)]
-    one.knocked(A, at, "", "no answer")
-    one.knocked(A, at, "", "no answer")
+    one.knocked(A, PLACE[A], at, "", "no answer")
+    one.knocked(A, PLACE[A], at, "", "no answer")
     assert one.doubts == 1
     assert one.verdict().kind is Kind.PUBLIC
     assert "anna could not reach it any more; another one is asked" in words(one)
-    one.knocked(C, at, "", "no answer")
+    one.knocked(C, PLACE[C], at, "", "no answer")
     assert one.verdict().kind is Kind.UNKNOWN
     assert "/ip4/11.0.0.1/tcp/4001 did not answer cora: no answer" in words(one)
     one.called(D, "11.0.0.8")
@@ -208,10 +228,10 @@ def test_a_knock_that_is_answered_ends_the_doubt():
     one.reported({A: OUT})
     one.called(B, "11.0.0.7")
     at = tcp_addr(OUT, 4001)
-    one.knocked(A, [at], "", "no answer")
-    one.knocked(C, [at], str(at), "")
+    one.knocked(A, PLACE[A], [at], "", "no answer")
+    one.knocked(C, PLACE[C], [at], str(at), "")
     assert one.doubts == 0
-    one.knocked(A, [at], "", "no answer")
+    one.knocked(A, PLACE[A], [at], "", "no answer")
     assert one.verdict().kind is Kind.PUBLIC
 
 

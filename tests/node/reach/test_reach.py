@@ -1,0 +1,280 @@
+"""Whole daemons behind whatever NAT: what each finds out about itself, tells others, and does for them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import trio
+
+from mycel.node.reach import probe
+from mycel.node.reach.verdict import Kind
+from mycel.protocol import echo
+from mycel.protocol.address import is_circuit, tcp_addr
+from mycel.protocol.mesh import PathKind
+
+VERDICTS = {
+    "open": Kind.PUBLIC,
+    "full cone": Kind.PUNCHABLE,
+    "address": Kind.PUNCHABLE,
+    "port": Kind.PUNCHABLE,
+    "renumbering": Kind.PUNCHABLE,
+    "rejecting": Kind.PUNCHABLE,
+    "symmetric": Kind.SYMMETRIC,
+    "carrier": Kind.PUNCHABLE,
+    "carrier symmetric": Kind.SYMMETRIC,
+    "udp blocked": Kind.PUNCHABLE,
+    "firewall": Kind.PUNCHABLE,
+}
+
+
+def kind(node):
+    return node.reach.verdict.kind
+
+
+def addrs(node):
+    return [str(addr) for addr in node.host.told_addrs]
+
+
+@pytest.mark.parametrize("nat", VERDICTS)
+def test_each_kind_of_nat_is_judged_as_what_it_is(town, nat):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        await trio.sleep(1)
+        node = await t.join("home", nat)
+        await t.until(lambda: kind(node) is VERDICTS[nat], 15)
+        await trio.sleep(30)
+        assert kind(node) is VERDICTS[nat], node.reach.verdict
+        public = kind(node) is Kind.PUBLIC
+        assert len(node.reach.circuits.relays) == (0 if public else 2)
+        assert any(map(is_circuit, addrs(node))) is not public
+        assert node.reach.relay.is_serving is public
+
+    town(scenario)
+
+
+def test_a_home_is_callable_over_relays_within_two_seconds(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        began = trio.current_time()
+        node = await t.join("home", "port")
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        assert trio.current_time() - began < 3.0
+
+    town(scenario)
+
+
+def test_the_founder_is_public_by_its_first_guest_and_asks_nobody(town):
+    async def scenario(t):
+        founder = await t.found()
+        assert kind(founder) is Kind.LOCAL
+        await t.join("home", "port")
+        await t.until(lambda: kind(founder) is Kind.PUBLIC, 2)
+        assert "never contacted" in founder.reach.verdict.evidence[0]
+        assert founder.reach.verdict.addrs == (tcp_addr("11.0.0.1", 4001),)
+        assert addrs(founder) == ["/ip4/11.0.0.1/tcp/4001"]
+
+    town(scenario)
+
+
+def test_a_newcomer_is_proven_by_a_witness_that_it_never_contacted(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        third = await t.join("third")
+        await t.until(lambda: kind(third) is Kind.PUBLIC, 2)
+        second = t.nodes["second"].host.peer_id
+        assert any(f"{second} connected from 11.0.0.2" in line for line in third.reach.verdict.evidence)
+        assert not third.reach.circuits.relays
+
+    town(scenario)
+
+
+def test_two_public_nodes_alone_do_not_take_a_contacted_peer_for_a_proof(town):
+    """The second one has contacted the only other one, and one knock is not enough; a third member's is."""
+
+    async def scenario(t):
+        founder = await t.found()
+        second = await t.join("second")
+        await trio.sleep(20)
+        assert kind(founder) is Kind.PUBLIC
+        assert kind(second) is Kind.PUNCHABLE
+        assert second.reach.circuits.relays == [founder.host.peer_id]
+        assert any("fresh port" in line for line in second.reach.verdict.evidence)
+        await t.join("third")
+        await t.until(lambda: kind(second) is Kind.PUBLIC, 10)
+        await t.until(lambda: not second.reach.circuits.relays, 10)
+        assert addrs(second) == ["/ip4/11.0.0.2/tcp/4001"]
+
+    town(scenario)
+
+
+def test_a_swarm_in_one_house_wants_no_relays_and_opens_nothing(town):
+    async def scenario(t):
+        machines = t.net.add_site("house", "port", homes=3)
+        await t.found_on(machines[0])
+        for machine in machines[1:]:
+            await t.settle(machine)
+        await trio.sleep(30)
+        for node in t.nodes.values():
+            assert kind(node) is Kind.LOCAL
+            assert len(node.host.peers) == 2
+            assert not node.reach.circuits.relays
+            assert not node.reach.relay.is_serving
+            assert echo.PROTOCOL not in node.host.protocols
+        assert all(len(machine.listeners) == 1 for machine in machines)
+
+    town(scenario)
+
+
+def test_a_node_on_loopback_probes_nothing(town):
+    async def scenario(t):
+        node = await t.found(listen=("/ip4/127.0.0.1/tcp/4001",))
+        await trio.sleep(30)
+        assert node.reach.is_local
+        assert kind(node) is Kind.LOCAL
+        assert not t.net.machines["founder"].pipes
+        assert len(t.net.machines["founder"].listeners) == 1
+
+    town(scenario)
+
+
+def test_a_home_whose_owner_forwards_a_port_becomes_public(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        node = await t.join("home", "full cone")
+        box = t.net.boxes["home box 0"]
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        assert box.ip == node.reach.verdict.ip
+
+    town(scenario)
+
+
+def test_a_lost_address_voids_the_verdict_and_a_new_one_is_found(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        third = await t.join("third")
+        await t.until(lambda: kind(third) is Kind.PUBLIC, 5)
+        t.net.machines["third"].ips = ("11.7.7.7",)
+        await t.until(lambda: third.reach.verdict.kind is not Kind.PUBLIC, 2 * probe.CHECK_S)
+        assert [str(addr) for addr in third.host.bound_addrs] == ["/ip4/11.7.7.7/tcp/4001"]
+
+    town(scenario)
+
+
+def test_a_lost_relay_is_replaced_and_others_are_told(town):
+    async def scenario(t):
+        await t.found()
+        for name in ("second", "third"):
+            await t.join(name)
+        node = await t.join("home", "symmetric")
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        first = node.reach.circuits.relays[0]
+        name = next(name for name, one in t.nodes.items() if one.host.peer_id == first)
+        t.net.machines[name].vanish()
+        await t.until(lambda: first not in node.reach.circuits.relays, 10)
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        assert not any(first in addr for addr in addrs(node))
+        other = next(one for other, one in t.nodes.items() if other not in (name, "home"))
+        await t.until(
+            lambda: not any(first in str(a) for a in other.host.peers[node.host.peer_id].listen_addrs)
+        )
+
+    town(scenario)
+
+
+def test_relay_off_relays_for_nobody_and_on_even_at_home(town):
+    async def scenario(t):
+        founder = await t.found(relay="off")
+        node = await t.join("home", "port", relay="on")
+        await t.until(lambda: kind(founder) is Kind.PUBLIC, 5)
+        await trio.sleep(5)
+        assert not founder.reach.relay.is_serving
+        assert node.reach.relay.is_serving
+        assert not node.reach.circuits.relays
+
+    town(scenario)
+
+
+def test_a_node_that_listens_nowhere_is_reached_through_relays(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        node = await t.join("mute", listen=())
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        assert kind(node) is Kind.RELAY_ONLY
+        assert all(map(is_circuit, addrs(node)))
+        late = await t.join("late")
+        await t.until(lambda: node.host.peer_id in late.host.peers, 10)
+
+    town(scenario)
+
+
+def test_one_lying_observer_is_outvoted(town):
+    async def scenario(t):
+        liar = await t.found()
+        for name in ("second", "third"):
+            await t.join(name)
+        ask = liar.reach.prober.echo._make_offer
+
+        async def lie(peer, family):
+            offer = await ask(peer, family)
+            listeners = liar.reach.prober.echo._listeners
+            assert listeners
+            return offer
+
+        liar.reach.prober.echo._make_offer = lie
+        real = echo.answer
+        lies = []
+
+        def false(question, key, index, seen):
+            if liar.reach.prober.echo._keys.get(echo.key_id_of(question)) is not None:
+                lies.append(seen)
+                seen = tcp_addr("11.66.66.66", 666 + index)
+            return real(question, key, index, seen)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(echo, "answer", false)
+            node = await t.join("home", "port")
+            await t.until(lambda: node.reach._judge.answers == 3, 30)
+        assert lies
+        assert kind(node) is Kind.PUNCHABLE
+        assert node.reach.verdict.ip == "11.128.1.1"
+        assert any("says otherwise and is outvoted" in line for line in node.reach.verdict.evidence)
+
+    town(scenario)
+
+
+def test_a_direct_way_is_dialled_before_a_relayed_one(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        home = await t.join("home", "full cone")
+        await t.until(lambda: len(home.reach.circuits.relays) == 2, 10)
+        told = addrs(home)
+        assert [is_circuit(addr) for addr in told] == sorted(is_circuit(addr) for addr in told)
+        late = await t.join("late")
+        await t.until(lambda: home.host.peer_id in late.host.peers, 10)
+        await t.until(lambda: late.host.peers[home.host.peer_id].path is PathKind.DIRECT, 10)
+
+    town(scenario)
+
+
+def test_a_firewalled_node_waits_for_a_call_only_for_the_grace(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        await t.join("third")
+        await t.until(lambda: all(kind(node) is Kind.PUBLIC for node in t.nodes.values()), 20)
+        began = trio.current_time()
+        node = await t.join("home", "firewall")
+        found = math.inf
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        found = trio.current_time() - began
+        assert probe.GRACE_S < found < probe.GRACE_S + 3
+
+    town(scenario)
