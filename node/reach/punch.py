@@ -66,6 +66,8 @@ class Puncher:
         self.locator = Locator(host, echo, limits)
         self.strangers = 0
         """Sockets of strangers that were met on punched ports."""
+        self.on_answered: Callable[[PeerId, PunchFailed], None] = lambda peer, failure: None
+        """Hears of punches that a peer asked for and that came to nothing."""
         self._under_way: dict[PeerId, trio.CancelScope] = {}
         self._asked: dict[PeerId, bool] = {}
         host.serve_stream(punch.PROTOCOL, self._answer, access=Access.MEMBER)
@@ -106,6 +108,7 @@ class Puncher:
         failure = await self._run(stream, asks=False)
         if failure is not None:
             log.info("no direct connection to %s: %s", stream.peer, failure)
+            self.on_answered(stream.peer, failure)
 
     async def _run(self, stream: Stream, *, asks: bool) -> PunchFailed | None:
         scope = trio.CancelScope()

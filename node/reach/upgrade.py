@@ -59,6 +59,7 @@ class Upgrader:
         self._wake = trio.Event()
         self._seen: OrderedDict[PeerId, dict[str, None]] = OrderedDict()
         self.puncher = Puncher(host, network, echo, public=public, limits=limits)
+        self.puncher.on_answered = self._on_answered
         self.dcutr = Dcutr(host, network, self.puncher.locator, self._may_dial, limits)
         self.upgraded = 0
         """Relayed connections that became direct since the start."""
@@ -135,13 +136,21 @@ class Upgrader:
         except PunchFailed as error:
             self.failed += error.reason != "busy"
             log.info("no direct connection to %s: %s", step.peer, error)
-            spread = int.from_bytes(self._host.entropy(2), "big") / 65536
-            self._plan.on_failed(step.peer, error.reason, str(error), trio.current_time(), spread)
+            self._plan.on_failed(step.peer, error.reason, str(error), trio.current_time(), self._spread())
         else:
             self.upgraded += 1
             log.info("%s is connected directly after %.2f s", step.peer, trio.current_time() - began)
             self._plan.on_punched(step.peer, trio.current_time())
         self._wake.set()
+
+    def _on_answered(self, peer: PeerId, failure: PunchFailed) -> None:
+        now = trio.current_time()
+        self._plan.on_answered(peer, failure.reason, str(failure), now, self._spread())
+        self._wake.set()
+
+    def _spread(self) -> float:
+        """A random number in [0, 1)."""
+        return int.from_bytes(self._host.entropy(2), "big") / 65536
 
     async def _return(self, step: Return) -> None:
         try:

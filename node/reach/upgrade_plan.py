@@ -33,6 +33,8 @@ class Standing:
     path: PathKind | None = None
     circuits: tuple[str, ...] = ()
     """Where the peer is reached over relays."""
+    leads: bool = True
+    """Whether it is this side's turn to punch."""
     punch_s: float = math.inf
     failures: int = 0
     not_before_s: float = -math.inf
@@ -81,6 +83,7 @@ class UpgradePlan:
                 return
             standing = self._table[peer] = Standing(peer)
         standing.circuits = known or standing.circuits
+        standing.leads = leads
         standing.return_s, standing.returns = math.inf, 0
         if standing.path is path:
             return
@@ -126,11 +129,19 @@ class UpgradePlan:
             standing.punch_s = now + self._limits.again_s if relayed else math.inf
 
     def on_failed(self, peer: PeerId, reason: str, text: str, now: float, spread: float) -> None:
-        """The punch failed; `spread` is a random number in [0, 1)."""
+        """This side's punch failed; `spread` is a random number in [0, 1)."""
         standing = self._table.get(peer)
-        if standing is None:
-            return
-        standing.is_punching = False
+        if standing is not None:
+            standing.is_punching = False
+            self._put_off(standing, reason, text, now, spread)
+
+    def on_answered(self, peer: PeerId, reason: str, text: str, now: float, spread: float) -> None:
+        """The peer's punch failed; as good as one of this side's."""
+        standing = self._table.get(peer)
+        if standing is not None and not standing.is_punching:
+            self._put_off(standing, reason, text, now, spread)
+
+    def _put_off(self, standing: Standing, reason: str, text: str, now: float, spread: float) -> None:
         standing.trouble = text
         if standing.path is PathKind.DIRECT:
             return
@@ -142,7 +153,8 @@ class UpgradePlan:
         else:
             wait = min(self._limits.again_s * GROWTH ** min(standing.failures, 16), most)
             standing.failures += 1
-        standing.not_before_s = now + wait * (0.75 + 0.5 * spread)
+        turn = 0.0 if standing.leads else self._limits.yield_s
+        standing.not_before_s = now + wait * (0.75 + 0.5 * spread) + turn
         standing.punch_s = standing.not_before_s if standing.path is not None else math.inf
         self._tidy(standing)
 

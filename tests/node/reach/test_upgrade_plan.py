@@ -50,6 +50,14 @@ def test_a_punch_that_failed_is_tried_again_ever_more_rarely():
     assert waits[-1] == pytest.approx(LIMITS.again_max_s)
 
 
+def test_a_punch_that_the_peer_asked_for_counts_for_this_side_too():
+    plan = make()
+    plan.on_path(LOW, RELAYED, WAY, 0.0, leads=False)
+    plan.on_answered(LOW, "impossible", "no luck", 0.5, 0.5)
+    assert plan.next_s() == pytest.approx(0.5 + LIMITS.again_max_s + LIMITS.yield_s)
+    assert plan.standings()[0].trouble == "no luck"
+
+
 def test_what_cannot_work_waits_for_another_network():
     plan = make()
     plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
