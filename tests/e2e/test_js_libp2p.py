@@ -10,6 +10,7 @@ import trio
 
 from mycel.node.host import Host
 from mycel.node.tcp import TcpNetwork
+from mycel.node.transports import Transports
 from mycel.protocol.errors import Refused
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import Access
@@ -24,12 +25,12 @@ async def echo(stream):
 
 
 @asynccontextmanager
-async def host() -> AsyncIterator[Host]:
+async def host(listen: str = "/ip4/127.0.0.1/tcp/0") -> AsyncIterator[Host]:
     """A host on loopback that serves `ECHO`."""
     host = Host(
-        TcpNetwork(),
+        Transports(TcpNetwork()),
         OwnKey(b"\x51" * 32),
-        listen=["/ip4/127.0.0.1/tcp/0"],
+        listen=[listen],
         default_access=Access.STRANGER,
     )
     host.serve_stream(ECHO, echo, access=Access.STRANGER)
@@ -91,6 +92,19 @@ async def test_a_host_dials_js_libp2p(js_node):
             await trio.sleep(3.5)
             assert peer in node.peers
             assert node.rtt(peer) is not None
+
+
+async def test_js_libp2p_and_a_host_dial_each_other_over_websocket(js_node):
+    with trio.fail_after(DEADLINE_S):
+        async with host("/ip4/127.0.0.1/tcp/0/ws") as node, js_node() as js:
+            seen = await js.ask({"dial": str(node.listen_addrs[0])})
+            assert seen["peer"] == node.peer_id
+            assert seen["echoed_large"] == 3_000_000
+        async with host() as node, js_node(listen=["/ip4/127.0.0.1/tcp/0/ws"]) as js:
+            assert "/ws/p2p/" in js.addr
+            peer = await node.connect([js.addr])
+            assert await node.ping(peer) < 5
+            assert str(node.peers[peer].addr).endswith("/ws")
 
 
 async def test_a_killed_js_node_is_noticed_at_once(js_node):

@@ -9,9 +9,13 @@ Promise.withResolvers ??= function () {
   return { promise, resolve, reject }
 }
 
+// A dial by WebSocket uses the browser's class, which node has from version 22 on.
+globalThis.WebSocket ??= (await import('ws')).WebSocket
+
 const { createInterface } = await import('node:readline')
 const { createLibp2p } = await import('libp2p')
 const { tcp } = await import('@libp2p/tcp')
+const { webSockets } = await import('@libp2p/websockets')
 const { noise } = await import('@chainsafe/libp2p-noise')
 const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { identify } = await import('@libp2p/identify')
@@ -25,7 +29,7 @@ const say = (answer) => process.stdout.write(JSON.stringify(answer) + '\n')
 
 const node = await createLibp2p({
   addresses: { listen: options.listen ?? ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp(), circuitRelayTransport()],
+  transports: [tcp(), webSockets(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   services: { identify: identify(), ping: ping(), ...(options.relay && { relay: circuitRelayServer() }) },
