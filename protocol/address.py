@@ -74,6 +74,7 @@ class Circuit:
     """Who is reached through it; None in the address that a relay's own listener shows."""
 
 
+@functools.lru_cache(maxsize=4096)
 def is_circuit(addr: Multiaddr | str) -> bool:
     """Whether `addr` leads through a relay."""
     return f"/{CIRCUIT}" in str(addr)
@@ -113,6 +114,7 @@ class WebAddress:
 WEB_SUFFIXES = {"/ws": False, "/tls/ws": True, "/wss": True}
 
 
+@functools.lru_cache(maxsize=4096)
 def is_web(addr: Multiaddr | str) -> bool:
     """Whether WebSocket is spoken at `addr` itself."""
     return not is_circuit(addr) and _bare(addr).endswith(("/ws", "/wss"))

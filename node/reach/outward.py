@@ -10,6 +10,7 @@ What a host name resolves to is known of the address that answered only.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -76,6 +77,7 @@ class Outward:
             self._contacted.popitem(last=False)
 
 
+@functools.lru_cache(maxsize=4096)
 def ip_of(addr: Multiaddr | str) -> str:
     """The IP address that a direct address leads to, whatever is spoken there; "" for others."""
     text = str(addr)
