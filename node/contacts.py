@@ -5,7 +5,9 @@ three sources: its ticket and config (lasting: dialled for ever), what it rememb
 members tell each other (`mycel.node.gather`). Every contact that is not connected is dialled; a failure
 doubles its wait, with a random spread so that the peers of a node that came back do not all knock at once.
 A contact that is not lasting is forgotten after some failures in a row: somebody will tell of it again if
-it lives. A peer that refuses this node is not asked again before the longest wait.
+it lives. A peer that refuses this node is not asked again before the longest wait. One that left in order is
+not dialled at all: it dials when it is back, or somebody tells of it later. (Lasting contacts are: they may
+not be able to dial this node.)
 
 Everything is bounded: contacts, addresses of one, dials at once.
 """
@@ -24,6 +26,9 @@ DIALS_MAX = 16
 FAILURES_MAX = 6
 """Failures in a row after which a contact is forgotten unless it is lasting."""
 
+HEARSAY_S = 10.0
+"""For so long after a peer's goodbye others may speak of it without knowing that it is gone."""
+
 
 @dataclass(slots=True)
 class Contact:
@@ -39,6 +44,8 @@ class Contact:
     failures: int = 0
     trouble: str = ""
     """Why the last dial failed."""
+    left_s: float | None = None
+    """When it said goodbye, if it did."""
 
 
 class Contacts:
@@ -59,6 +66,8 @@ class Contacts:
             if len(self._table) >= CONTACTS_MAX and not self._forget_one():
                 return
             contact = self._table[peer] = Contact(peer, (), lasting, now)
+        elif contact.left_s is not None and now - contact.left_s > HEARSAY_S:
+            contact.left_s, contact.due_s = None, now
         contact.lasting = contact.lasting or lasting
         known = contact.addrs if not lasting else ()
         contact.addrs = tuple(dict.fromkeys([*addrs, *known]))[:ADDRS_MAX]
@@ -93,14 +102,15 @@ class Contacts:
         contact = self._table.get(peer)
         if contact is not None:
             contact.is_connected, contact.is_dialling = True, False
-            contact.failures, contact.trouble = 0, ""
+            contact.failures, contact.trouble, contact.left_s = 0, "", None
 
-    def on_down(self, peer: PeerId, now: float) -> None:
-        """The last connection to `peer` ended; it is dialled again soon."""
+    def on_down(self, peer: PeerId, now: float, *, left: bool = False) -> None:
+        """The last connection to `peer` ended; it is dialled again soon, unless it said that it leaves."""
         contact = self._table.get(peer)
         if contact is not None:
             contact.is_connected = False
             contact.due_s = now + self._redial_s
+            contact.left_s = now if left and not contact.lasting else None
 
     def on_failed(self, peer: PeerId, now: float, spread: float, trouble: str, *, refused: bool) -> None:
         """A dial of `peer` failed; `refused` when the peer itself said no."""
@@ -128,12 +138,18 @@ class Contacts:
         )
 
     def _is_idle(self, contact: Contact) -> bool:
-        return bool(contact.addrs) and not contact.is_connected and not contact.is_dialling
+        if contact.is_connected or contact.is_dialling or contact.left_s is not None:
+            return False
+        return bool(contact.addrs)
 
     def _forget_one(self) -> bool:
-        """Make room: drop the contact with the most failures that is neither lasting nor in use."""
-        idle = [one for one in self._table.values() if self._is_idle(one) and not one.lasting]
+        """Make room: drop one that left, or else the one with the most failures that is not in use."""
+        idle = [
+            one
+            for one in self._table.values()
+            if (self._is_idle(one) or one.left_s is not None) and not one.lasting
+        ]
         if not idle:
             return False
-        del self._table[max(idle, key=lambda one: (one.failures, one.peer)).peer]
+        del self._table[max(idle, key=lambda one: (one.left_s is not None, one.failures, one.peer)).peer]
         return True

@@ -39,6 +39,7 @@ from mycel.node.config import Config
 from mycel.node.contacts import Contacts
 from mycel.node.gather import Gather
 from mycel.node.host import Host
+from mycel.node.lapse import end_lapsed
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
 from mycel.node.reach.outward import Outward
@@ -117,6 +118,7 @@ async def run(
         await nursery.start(generator.run)
         await nursery.start(gather.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
+        nursery.start_soon(end_lapsed, membership, host)
         nursery.start_soon(_lend, config, lender, assigner)
         task_status.started(node)
         await node.stopping.wait()

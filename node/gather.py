@@ -105,7 +105,9 @@ class Gather:
                             self._on_up(event, nursery)
                         else:
                             log.info("%s is gone: %s", event.peer, event.text)
-                            self._contacts.on_down(event.peer, trio.current_time())
+                            self._contacts.on_down(
+                                event.peer, trio.current_time(), left=event.reason == "left"
+                            )
                         self._wake()
                 except LimitExceeded:
                     continue  # too slow once: start over from who is connected now

@@ -160,7 +160,7 @@ class Host:
                 listener.close()
             self._listeners.clear()
             for link in list(self._links):
-                link.end("closed", "the node shut down")
+                link.end("left", "the node shut down")
 
     async def _accept(self, listener: Listener) -> None:
         while True:

@@ -71,6 +71,6 @@ def say_farewell(session: Session, reason: str, text: str) -> None:
 def read_farewell(raw: bytes) -> tuple[str, str]:
     """Reason word and sentence of a farewell, cut and cleaned for logs."""
     word, _, text = raw[:FAREWELL_BYTES_MAX].decode(errors="replace").partition("\n")
-    if word not in ("closed", "refused", "protocol", "superseded"):
+    if word not in ("closed", "left", "refused", "protocol", "superseded"):
         word = "closed"
     return word, "the peer said: " + "".join(c if c.isprintable() else " " for c in text)

@@ -135,7 +135,7 @@ class Link:
                         nursery.start_soon(self._write)
                         await self._read()
             finally:
-                self.end("closed", "the node shut down")
+                self.end("left", "the node shut down")
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
 
     async def _read(self) -> None:
@@ -390,7 +390,7 @@ class Link:
         if self.farewell is not None:
             self.end(*self.farewell)
         elif broken is not None:
-            self.end("reset", broken)
+            self.end("reset", broken.removeprefix(f"connection to {self.remote} was lost: "))
         elif self.superseded:
             self.end("superseded", "another connection to this peer took over")
         else:

@@ -41,7 +41,8 @@ class PipeBroken(MycelError):
 class ConnectionLost(MycelError):
     """A peer's connection ended while it was needed.
 
-    `reason` is one word for machines: "reset", "silent", "closed", "protocol", "refused", "superseded".
+    `reason` is one word for machines: "reset", "silent", "closed", "left" (a node stopped in order),
+    "protocol", "refused", "superseded".
     """
 
     def __init__(self, text: str, *, reason: str = "closed") -> None:

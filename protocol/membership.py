@@ -23,7 +23,7 @@ the ticket no more. Peers on the root holder's `revoked` list are refused by it 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Container
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NoReturn, TypeVar
 
@@ -135,11 +135,20 @@ class Membership:
         self._limits = limits
         self._on_certificate = on_certificate
         self._revoked = revoked
+        self._ends: dict[PeerId, int] = {}  # when the chains end that peers have shown
 
     @property
     def credentials(self) -> Credentials:
         """What this node shows now: a root holder's certificate may have replaced the first chain."""
         return self._credentials
+
+    def expired(self, connected: Container[PeerId]) -> list[PeerId]:
+        """Of the peers connected those whose chain has ended since they showed it; each is told of once."""
+        over = self._wall() - self._limits.clock_skew_s
+        ended = [peer for peer, end in self._ends.items() if end < over]
+        for peer in ended:
+            del self._ends[peer]
+        return [peer for peer in ended if peer in connected]
 
     def own_grant(self) -> Grant:
         """What this node's own chain gives it. Raises `Refused` as its peers would."""
@@ -206,7 +215,7 @@ class Membership:
         try:
             if peer in self._revoked:
                 raise Refused(f"{peer} is on the list of revoked peers", reason="revoked")
-            return verify_chain(
+            grant = verify_chain(
                 decode_chain(shown.chain),
                 peer,
                 self._credentials.root,
@@ -215,6 +224,8 @@ class Membership:
             )
         except Refused as refused:
             await exchange.refuse(refused)
+        self._ends[peer] = grant.not_after
+        return grant
 
     def _settle(self, peer: PeerId, grant: Grant) -> Settled:
         """Accept `peer`, with a certificate by the root where this node may sign one and it is due."""
@@ -225,6 +236,7 @@ class Membership:
         longer = replace(
             grant, not_before=_start(now, self._limits), not_after=int(now + self._limits.certificate_s)
         )
+        self._ends[peer] = longer.not_after
         return Settled(encode_chain(Chain((certify_peer(root, root.public, peer, longer),))))
 
     def _adopt(self, settled: Settled) -> None:

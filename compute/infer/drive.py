@@ -74,8 +74,10 @@ class Drive:
         subject = frame.peer if frame.kind in ("link", "unreachable") else peer
         self._trouble(Trouble(frame.kind, subject, frame.text))
 
-    def on_peer_down(self, peer: PeerId, text: str) -> None:
-        """A connection ended."""
+    def on_peer_down(self, peer: PeerId, text: str, *, left: bool = False) -> None:
+        """A connection ended; `left`: its peer said goodbye, and is not dialled."""
+        if left:
+            self._contact.addrs.pop(peer, None)
         self._trouble_about("down", peer, text)
 
     def on_fact(self, fact: Fact) -> None:

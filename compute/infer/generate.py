@@ -176,7 +176,8 @@ class Generator:
             async for event in events:
                 if isinstance(event, PeerDown):
                     for generation in list(self._generations.values()):
-                        generation.drive.on_peer_down(event.peer, event.text)
+                        left = event.reason == "left"
+                        generation.drive.on_peer_down(event.peer, event.text, left=left)
 
     async def _watch_stages(self, *, task_status: TaskStatus[None]) -> None:
         async with self._board.watch("stages/") as changes:

@@ -158,3 +158,49 @@ def test_whatever_happens_no_connected_or_dialled_peer_is_dialled_again(
                 assert contact.due_s <= now
                 dialling[contact.peer] = None
     assert all(one.peer in connected for one in contacts.told())
+
+
+def test_who_left_in_order_is_not_dialled_until_it_is_heard_of_later() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0)
+    contacts.on_up(A)
+    contacts.on_down(A, 10.0, left=True)
+    assert contacts.plan_dials(1000.0) == []
+    assert contacts.next_s() == math.inf
+    contacts.learn(A, ["/x"], 12.0)  # by somebody who does not know yet
+    assert contacts.plan_dials(1000.0) == []
+    contacts.learn(A, ["/x"], 30.0)
+    assert [one.peer for one in contacts.plan_dials(30.0)] == [A]
+
+
+def test_who_left_and_came_back_is_dialled_again_after_a_crash() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0)
+    contacts.on_up(A)
+    contacts.on_down(A, 10.0, left=True)
+    contacts.on_up(A)
+    contacts.on_down(A, 20.0)
+    assert [one.peer for one in contacts.plan_dials(21.0)] == [A]
+
+
+def test_a_lasting_contact_is_dialled_also_after_its_goodbye() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0, lasting=True)
+    contacts.on_up(A)
+    contacts.on_down(A, 10.0, left=True)
+    assert [one.peer for one in contacts.plan_dials(11.0)] == [A]
+
+
+def test_contacts_that_left_make_room_first() -> None:
+    contacts = table()
+    contacts.learn(B, ["/x"], 0.0)
+    contacts.on_up(B)
+    contacts.on_down(B, 0.0, left=True)
+    for number in range(CONTACTS_MAX - 1):
+        contacts.learn(PeerId(f"p{number}"), ["/x"], 0.0)
+    contacts.learn(A, ["/x"], 0.0)
+    for now in range(1000):
+        for one in contacts.plan_dials(float(now)):
+            assert one.peer != B
+            contacts.on_up(one.peer)
+    assert len(contacts.told()) == CONTACTS_MAX

@@ -169,6 +169,8 @@ async def test_a_leaving_node_says_so_and_ends(
             await second.ended.wait()
         await wait_until(lambda: not first.models())
         await wait_until(lambda: not first.host.peers)
+        await trio.sleep(5 * first.config.redial_s)
+        assert first.host.counters.dials_failed == 0  # who said goodbye is not dialled
 
 
 async def test_a_session_moves_when_its_stage_leaves(

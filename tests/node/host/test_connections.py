@@ -166,6 +166,7 @@ def test_a_reset_is_noticed_within_half_a_second(play):
         world.machine("b").crash()
         down = await world.down(a, peer)
         assert down.reason == "reset"
+        assert down.text.count("connection") == 2  # "connection to ... lost: connection reset by peer"
         assert trio.current_time() - began < 0.5
         assert peer not in a.peers
 
@@ -342,7 +343,9 @@ def test_leaving_run_closes_the_listener_and_tells_the_peers(play):
             nursery.cancel_scope.cancel()
         assert not machine.listeners
         assert host.connections == 0
-        assert "the node shut down" in (await world.down(a, host.peer_id)).text
+        down = await world.down(a, host.peer_id)
+        assert down.reason == "left"
+        assert "the node shut down" in down.text
         async with trio.open_nursery() as nursery:  # and the port is free again
             await nursery.start(host.run)
             await a.connect(host.listen_addrs)

@@ -9,10 +9,12 @@ import pytest
 import trio
 
 from mycel.node.host import Host
+from mycel.node.lapse import LOOK_S, end_lapsed
 from mycel.protocol.chain import Chain, Link
 from mycel.protocol.errors import Refused, StreamReset
 from mycel.protocol.identity import SigningKey
 from mycel.protocol.keys import OwnKey
+from mycel.protocol.limits import DEFAULT_LIMITS
 from mycel.protocol.membership import Credentials, Membership, found_swarm
 from mycel.protocol.mesh import Access, PeerId, Stream
 from mycel.protocol.ticket import issue_ticket
@@ -184,3 +186,54 @@ def test_stream_that_came_before_the_proof_waits_for_it(play: Callable[..., None
         assert served == [a.peer_id]
 
     play(scenario)
+
+
+def test_a_connection_ends_with_the_chain_that_was_shown_on_it(play: Callable[..., None]) -> None:
+    async def scenario(world):
+        began = trio.current_time()
+
+        def wall() -> float:
+            return NOW + trio.current_time() - began
+
+        def member(name: str) -> Membership:
+            peer = id_of(name)
+            return Membership(Credentials(peer, ROOT.public, chain_by_ticket(peer)), wall)
+
+        keeps = member("keeps")
+        a, b = await world.host("a", membership=member("a")), await world.host("keeps", membership=keeps)
+        world.nursery.start_soon(end_lapsed, keeps, b)
+        await a.connect(b.listen_addrs)
+        await world.up(b, a.peer_id)
+        await trio.sleep(3600 + DEFAULT_LIMITS.clock_skew_s - 30)
+        assert a.peer_id in b.peers
+        with trio.fail_after(30 + 2 * LOOK_S):
+            down = await world.down(a, b.peer_id)
+        assert "the membership that you showed has ended" in down.text
+        with pytest.raises(Refused) as caught:
+            await a.connect(b.listen_addrs)
+        assert caught.value.reason == "expired"
+
+    play(scenario)
+
+
+def test_a_certificate_of_the_root_lengthens_a_membership_where_it_was_handed_out(
+    play: Callable[..., None],
+) -> None:
+    """The founder gave it on this very connection, which therefore need not end with the ticket."""
+    now = [float(NOW)]
+    root = Membership(found_swarm(id_of("founder"), ROOT, NOW), lambda: now[0])
+    new = Membership(Credentials(id_of("a"), ROOT.public, chain_by_ticket(id_of("a"))), lambda: now[0])
+    ends = []
+
+    async def scenario(world):
+        a, b = await world.host("a", membership=new), await world.host("founder", membership=root)
+        await a.connect(b.listen_addrs)
+        await world.up(b, a.peer_id)
+        now[0] += 3600 + 2 * DEFAULT_LIMITS.clock_skew_s
+        ends.append(root.expired(b.peers))
+        now[0] += DEFAULT_LIMITS.certificate_s
+        ends.append(root.expired(b.peers))
+        ends.append(root.expired(b.peers))
+
+    play(scenario)
+    assert ends == [[], [id_of("a")], []]
