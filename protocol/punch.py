@@ -3,21 +3,20 @@
 One side **asks**, over a stream of `/mycel/punch/1` on the relayed (and authenticated) connection:
 
     asks                                   answers
-    Ask                            ->      learns its mapping from now on
-                                   <-      Ready           (the round trip of the relayed path)
-    learns its own meanwhile
-                                   <-      Offer
-    Offer, Go(way)                 ->
-    ... the way fails: Go(next way), or Over(reason, text)
+    Ask                            ->
+    learns its mapping                     learns its own
+    Offer                          ->
+                                   <-      Offer, Go(way)
+                                           ... the way fails: Go(next way), or Over(reason, text)
 
 Each side binds a fresh port and learns from an address echo which public address the NAT gives it. An `Offer`
 carries that address, the machine's own ones in the LAN, those where it is reachable for everybody, and half a
-key. The asking side, which then knows both, names the **way**:
+key. The answering side, which is the first to know both, **leads**: it names the way.
 
-    dial      the asking side dials an address that everybody can reach
-    reverse   the answering side does; it says Failed when it could not
-    punch     both dial and accept on their fresh ports at the same moment: the answering side when `Go`
-              comes, the asking side half a round trip after it sent that
+    dial      the leading side dials an address that everybody can reach
+    reverse   the asking side does; it says Failed when it could not
+    punch     both dial and accept on their fresh ports at the same moment: the asking side when `Go` comes,
+              the leading side half a round trip after it sent that
 
 On a punched socket both prove with the key that they are the two of this exchange (`mycel.protocol.proof`);
 the asking side is the dialer of the connection made of it. Whom to dial is `mycel.protocol.aim`'s to say.
@@ -61,10 +60,6 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """Let us connect directly."""
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """I heard you; an `Offer` follows when I know my mapping."""
-
-
 class Offer(msgspec.Struct, frozen=True, tag="offer"):
     """Where this side can be met. Addresses are `/ip4|ip6/HOST/tcp/PORT`."""
 
@@ -87,7 +82,7 @@ class Go(msgspec.Struct, frozen=True, tag="go"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The answering side could not dial."""
+    """The asking side could not dial."""
 
     text: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
@@ -99,7 +94,7 @@ class Over(msgspec.Struct, frozen=True, tag="over"):
     text: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
 
-Message = Ask | Ready | Offer | Go | Failed | Over
+Message = Ask | Offer | Go | Failed | Over
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 REASONS = ("impossible", "failed", "busy", "deadline", "unmapped")
 
@@ -176,10 +171,9 @@ class Step(enum.Enum):
     """What an exchange waits for."""
 
     ASKED = "the other side to ask"
-    READY = "the other side to be ready"
     OFFERS = "both sides to learn their addresses"
-    GO = "the other side to say how"
     ACT = "a connection"
+    GO = "the other side to say how to go on"
     ENDED = "nothing"
 
 
@@ -194,18 +188,15 @@ class Exchange:
         self, *, asks: bool, own_ips: Sequence[str], now: float, limits: PunchLimits = DEFAULT_PUNCH_LIMITS
     ) -> None:
         self.asks = asks
-        self.step = Step.READY if asks else Step.ASKED
-        self.deadline = now + limits.step_s
-        self.rtt: float | None = None
-        """Of the relayed path, as measured by `Ask` and `Ready`."""
-        self._asked_at = now
+        self.step = Step.OFFERS if asks else Step.ASKED
+        self.deadline = now + limits.step_s + (limits.learn_s if asks else 0.0)
         self._limits = limits
         self._own_ips = own_ips
         self._own: Offer | None = None
         self._theirs: Offer | None = None
         self._aim: Aim | None = None
         self._ways: list[Way] = []
-        """For the side that asks those still to go, for the other those gone."""
+        """For the side that leads those still to go, for the other those gone."""
         self._failures: list[str] = []
         self._is_alone = False
 
@@ -214,39 +205,32 @@ class Exchange:
         return [Send((Ask(),)), Learn()] if self.asks else []
 
     def on_message(self, message: Message, now: float, rtt: float | None = None) -> list[Action]:
-        """Something came. `rtt` is what the connection itself knows of its round trip.
+        """Something came. `rtt` is the round trip of the relayed connection, where it is known.
 
         Raises `RemoteProtocolError` for a message that is not due.
         """
         match message:
             case Ask() if self.step is Step.ASKED:
-                self._await(Step.OFFERS, now, self._limits.step_s)
-                return [Send((Ready(),)), Learn()]
-            case Ready() if self.step is Step.READY:
-                self.rtt = min(now - self._asked_at, rtt if rtt is not None else RTT_MAX_S)
-                self._await(Step.OFFERS, now, self._limits.step_s)
-                return []
-            case Offer() if self._theirs is None and self.step in (Step.OFFERS, Step.GO):
+                self._await(Step.OFFERS, now, self._limits.step_s + self._limits.learn_s)
+                return [Learn()]
+            case Offer() if self._theirs is None and self.step is Step.OFFERS:
                 self._theirs = message
-                return self._on_offers(now)
-            case Go() if not self.asks and self._may_go(message.way):
+                return self._on_offers(now, rtt)
+            case Go() if self.asks and self._may_go(message.way):
                 return self._go(message.way, now)
-            case Failed() if self.asks and self.step is Step.ACT:
-                return self._next_way(now, f"the peer could not dial: {message.text}")
+            case Failed() if not self.asks and self.step is Step.ACT:
+                return self._next_way(now, f"the peer could not dial: {_printable(message.text)}", rtt)
             case Over() if self.step is not Step.ENDED:
                 reason = message.reason if message.reason in REASONS else "failed"
                 return self._end(reason, f"the peer gave up: {_printable(message.text)}")
         raise RemoteProtocolError(f"{type(message).__name__} came while waiting for {self.step.value}")
 
-    def on_learned(self, offer: Offer, now: float) -> list[Action]:
+    def on_learned(self, offer: Offer, now: float, rtt: float | None = None) -> list[Action]:
         """This side's addresses are known."""
-        self._own = offer
         if self.step is Step.ENDED:
             return []
-        if self.asks:
-            return self._on_offers(now)
-        self._await(Step.GO, now, self._limits.step_s)
-        return [Send((offer,))]
+        self._own = offer
+        return [Send((offer,))] if self.asks else self._on_offers(now, rtt)
 
     def on_unmapped(self, text: str) -> list[Action]:
         """This side's addresses cannot be known."""
@@ -263,9 +247,9 @@ class Exchange:
             return []
         if self._is_alone:
             return self._end("lost", text)
-        if self.asks:
+        if not self.asks:
             return self._next_way(now, text)
-        self._await(Step.GO, now, self._limits.step_s)
+        self._await(Step.GO, now, self._limits.step_s + self._limits.settle_s)
         return [Send((Failed(text[:512]),))] if self._ways[-1] is Way.REVERSE else []
 
     def on_time(self, now: float) -> list[Action]:
@@ -274,12 +258,13 @@ class Exchange:
             return []
         if self._is_alone:
             return self._end("lost", "no connection came in time, and the way to the peer is gone")
-        if self.asks and self.step is Step.ACT:
+        if self.step is Step.ACT and not self.asks:
             return self._next_way(now, "no connection came in time")
         return self._give_up("deadline", f"waited too long for {self.step.value}")
 
-    def _on_offers(self, now: float) -> list[Action]:
-        if not self.asks or self._own is None or self._theirs is None or self.step is not Step.OFFERS:
+    def _on_offers(self, now: float, rtt: float | None) -> list[Action]:
+        """The leading side: both offers may be there."""
+        if self.asks or self._own is None or self._theirs is None:
             return []
         self._aim = take_aim(self._own, self._theirs, self._own_ips, self._limits.targets)
         self._ways = [Way.DIAL] if self._aim.public else []
@@ -287,11 +272,12 @@ class Exchange:
         self._ways += [Way.PUNCH] if not self._aim.obstacle else []
         if self._aim.obstacle:
             self._failures.append(self._aim.obstacle)
-        return [Send((self._own,)), *self._next_way(now, "")]
+        first, *rest = self._next_way(now, "", rtt)
+        assert isinstance(first, Send)
+        return [Send((self._own, *first.messages)), *rest]
 
-    def _next_way(self, now: float, failure: str) -> list[Action]:
-        """The asking side: how to go on."""
-        assert self._own is not None
+    def _next_way(self, now: float, failure: str, rtt: float | None = None) -> list[Action]:
+        """The leading side: how to go on."""
         assert self._aim is not None
         if failure:
             self._failures.append(failure)
@@ -299,26 +285,30 @@ class Exchange:
             reason = "impossible" if self._aim.obstacle else "failed"
             return self._give_up(reason, "; ".join(self._failures))
         way = self._ways.pop(0)
-        seconds = self._limits.plain_s if way is not Way.PUNCH else self._limits.window_s
-        pause = (self.rtt or 0.0) / 2 if way is Way.PUNCH else 0.0
-        self._await(Step.ACT, now, pause + seconds + self._limits.settle_s)
+        pause = min(rtt or 0.0, RTT_MAX_S) / 2 if way is Way.PUNCH else 0.0
+        self._await(Step.ACT, now, pause + self._seconds(way))
         said = Send((Go(way),))
         return [said, Wait(way)] if way is Way.REVERSE else [said, self._try(way, now + pause)]
 
     def _may_go(self, way: Way) -> bool:
-        """Whether the asking side may say so now: each way once."""
-        return self._theirs is not None and self.step in (Step.GO, Step.ACT) and way not in self._ways
+        """Whether the leading side may say so now: each way once, after its offer."""
+        ready = self._own is not None and self._theirs is not None and self.step is not Step.ENDED
+        return ready and way not in self._ways
 
     def _go(self, way: Way, now: float) -> list[Action]:
-        """The answering side: as the other one says."""
+        """The asking side: as the other one says."""
         assert self._own is not None
         assert self._theirs is not None
         self._aim = take_aim(self._own, self._theirs, self._own_ips, self._limits.targets)
         self._ways.append(way)
-        seconds = self._limits.window_s if way is Way.PUNCH else self._limits.plain_s
         # Longer than the other side's own patience, so that its next word comes first.
-        self._await(Step.ACT, now, seconds + self._limits.settle_s + self._limits.step_s)
+        self._await(Step.ACT, now, self._seconds(way) + self._limits.step_s)
         return [Wait(way)] if way is Way.DIAL else [self._try(way, now)]
+
+    def _seconds(self, way: Way) -> float:
+        """How long a way may take, the handshake included."""
+        opening = self._limits.window_s if way is Way.PUNCH else self._limits.plain_s
+        return opening + self._limits.settle_s
 
     def _try(self, way: Way, at_s: float) -> Try:
         assert self._own is not None

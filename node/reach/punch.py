@@ -243,11 +243,12 @@ class Talk:
                 near=located.near,
                 public=tuple(str(addr) for addr in puncher.public())[: punch.ADDRS_MAX],
             )
-            await self._tell(partial(exchange.on_learned, offer, trio.current_time()))
+            rtt = puncher.host.rtt(self._stream.peer)
+            await self._tell(partial(exchange.on_learned, offer, trio.current_time(), rtt))
 
     async def _go(self, action: punch.Try, scope: trio.CancelScope) -> None:
         """Go the way; what comes of it shows in the host's connections."""
-        text = "the connection did not settle in time"
+        text = f"{action.way.value}: nobody was met"
         with scope:
             try:
                 await trio.sleep_until(action.at_s)
@@ -256,8 +257,7 @@ class Talk:
                 else:
                     await self._dial(action)
             except MycelError as error:
-                log.debug("%s to %s: %s", action.way.value, self._stream.peer, error)
-                text = f"{action.way.value}: {error}" if self._exchange.asks else "no answer"
+                log.info("%s to %s: %s", action.way.value, self._stream.peer, error)
             await self._tell(partial(self._exchange.on_failed, text, trio.current_time()))
 
     async def _meet(self, action: punch.Try) -> None:

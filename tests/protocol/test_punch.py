@@ -19,7 +19,6 @@ from mycel.protocol.punch import (
     Learn,
     Offer,
     Over,
-    Ready,
     Send,
     Step,
     Try,
@@ -49,65 +48,72 @@ def of(kind, actions):
 def agree(own=NATED, theirs=OTHER, delay=0.05):
     """Up to the first `Go`: (asks, answers, asks' actions, answers' actions, when Go arrived)."""
     asks, answers = two()
-    assert sent(asks.begin()) == [Ask()]
-    actions = answers.on_message(Ask(), delay)
-    assert sent(actions) == [Ready()]
-    assert of(Learn, actions)
-    assert asks.on_message(Ready(), 2 * delay) == []
-    assert asks.on_learned(own, 2 * delay) == []
-    (offer,) = sent(answers.on_learned(theirs, 3 * delay))
-    mine = asks.on_message(offer, 4 * delay)
-    results = [answers.on_message(message, 5 * delay) for message in sent(mine)]
-    return asks, answers, mine, [action for actions in results for action in actions], 5 * delay
+    first, learn = asks.begin()
+    assert first == Send((Ask(),))
+    assert isinstance(learn, Learn)
+    assert answers.on_message(Ask(), delay) == [Learn()]
+    (offer,) = sent(asks.on_learned(own, 2 * delay))
+    assert answers.on_message(offer, 3 * delay, 2 * delay) == []
+    leads = answers.on_learned(theirs, 3 * delay, 2 * delay)
+    results = [asks.on_message(message, 4 * delay) for message in sent(leads)]
+    return asks, answers, [action for actions in results for action in actions], leads, 4 * delay
 
 
 def test_both_dial_at_the_same_moment_wherever_the_round_trip_goes():
-    _, _, mine, theirs, arrival = agree(delay=0.04)
-    (first,), (second,) = of(Try, mine), of(Try, theirs)
+    _, _, asks, leads, arrival = agree(delay=0.04)
+    (first,), (second,) = of(Try, asks), of(Try, leads)
     assert first.way is second.way is Way.PUNCH
-    assert first.at_s == pytest.approx(arrival)
-    assert second.at_s == arrival
+    assert first.at_s == arrival
+    assert second.at_s == pytest.approx(arrival)
     assert first.targets == OTHER.mapped
     assert second.targets == NATED.mapped
     assert first.shares == second.shares == SHARES
 
 
+def test_the_offers_may_be_ready_in_any_order():
+    _, answers = two()
+    answers.on_message(Ask(), 0.0)
+    assert answers.on_learned(OTHER, 0.1) == []
+    leads = answers.on_message(NATED, 0.2)
+    assert sent(leads) == [OTHER, Go(Way.PUNCH)]
+
+
 def test_a_side_that_everybody_reaches_is_dialled_and_nobody_punches():
-    public = msgspec.structs.replace(OTHER, public=("/ip4/11.0.0.2/tcp/9",))
-    _, _, mine, theirs, _ = agree(theirs=public)
-    assert [(one.way, one.targets) for one in of(Try, mine)] == [(Way.DIAL, public.public)]
-    assert theirs == [Wait(Way.DIAL)]
     public = msgspec.structs.replace(NATED, public=("/ip4/11.0.0.1/tcp/9",))
-    _, _, mine, theirs, _ = agree(own=public)
-    assert of(Wait, mine) == [Wait(Way.REVERSE)]
-    assert [(one.way, one.targets) for one in of(Try, theirs)] == [(Way.REVERSE, public.public)]
+    _, _, asks, leads, _ = agree(own=public)
+    assert [(one.way, one.targets) for one in of(Try, leads)] == [(Way.DIAL, public.public)]
+    assert asks == [Wait(Way.DIAL)]
+    public = msgspec.structs.replace(OTHER, public=("/ip4/11.0.0.2/tcp/9",))
+    _, _, asks, leads, _ = agree(theirs=public)
+    assert of(Wait, leads) == [Wait(Way.REVERSE)]
+    assert [(one.way, one.targets) for one in of(Try, asks)] == [(Way.REVERSE, public.public)]
 
 
 def test_a_way_that_fails_is_followed_by_the_next_and_the_last_by_a_reason():
     own = msgspec.structs.replace(NATED, public=("/ip4/11.0.0.1/tcp/9",))
     theirs = msgspec.structs.replace(OTHER, public=("/ip4/11.0.0.2/tcp/9",))
     asks, answers, _, _, now = agree(own, theirs)
-    (go,) = sent(asks.on_failed("refused", now))
+    (go,) = sent(answers.on_failed("refused", now))
     assert go == Go(Way.REVERSE)
-    (reverse,) = answers.on_message(go, now)
-    assert reverse.targets == own.public
-    (failed,) = sent(answers.on_failed("no answer", now + 2))
+    (reverse,) = asks.on_message(go, now)
+    assert reverse.targets == theirs.public
+    (failed,) = sent(asks.on_failed("no answer", now + 2))
     assert isinstance(failed, Failed)
-    (go,) = sent(asks.on_message(failed, now + 2))
+    (go,) = sent(answers.on_message(failed, now + 2))
     assert go == Go(Way.PUNCH)
-    assert of(Try, answers.on_message(go, now + 2))
-    actions = asks.on_failed("nobody met", now + 5)
+    assert of(Try, asks.on_message(go, now + 2))
+    actions = answers.on_failed("nobody met", now + 5)
     (over,) = sent(actions)
     assert over.reason == of(End, actions)[0].reason == "failed"
     assert "refused" in over.text
-    assert answers.on_message(over, now + 5)[0].reason == "failed"
+    assert asks.on_message(over, now + 5)[0].reason == "failed"
     assert asks.step is answers.step is Step.ENDED
 
 
 def test_two_symmetric_nats_are_told_apart_at_once():
     own, theirs = (msgspec.structs.replace(offer, symmetric=True) for offer in (NATED, OTHER))
-    asks, answers, mine, theirs, _ = agree(own, theirs)
-    assert of(End, mine)[0].reason == of(End, theirs)[0].reason == "impossible"
+    asks, answers, mine, leads, _ = agree(own, theirs)
+    assert of(End, mine)[0].reason == of(End, leads)[0].reason == "impossible"
     assert "choose another port" in of(End, mine)[0].text
     assert asks.step is answers.step is Step.ENDED
     _, _, mine, _, _ = agree(own, OTHER)
@@ -115,35 +121,39 @@ def test_two_symmetric_nats_are_told_apart_at_once():
 
 
 def test_a_way_under_way_survives_the_loss_of_the_relay():
-    asks, _, _, _, now = agree()
-    assert asks.on_lost("reset") == []
-    assert asks.step is Step.ACT
-    assert of(End, asks.on_failed("nobody met", now + 3))[0].reason == "lost"
+    asks, answers, _, _, now = agree()
+    for side in (asks, answers):
+        assert side.on_lost("reset") == []
+        assert side.step is Step.ACT
+        assert of(End, side.on_failed("nobody met", now + 3))[0].reason == "lost"
     waiting, _ = two()
     assert waiting.on_lost("reset")[0].reason == "lost"
 
 
 def test_messages_that_are_not_due_are_refused():
     asks, answers = two()
-    for message in (Ask(), NATED, Go(Way.PUNCH), Failed("")):
+    for message in (Ask(), Go(Way.PUNCH), Failed("")):
         with pytest.raises(RemoteProtocolError, match="came while waiting for"):
             asks.on_message(message, 0.0)
-    for message in (Ready(), NATED, Go(Way.PUNCH)):
+    for message in (NATED, Go(Way.PUNCH), Failed("")):
         with pytest.raises(RemoteProtocolError, match="came while waiting for"):
             answers.on_message(message, 0.0)
-    _, answers, _, _, now = agree()
+    asks, _, _, _, now = agree()
     with pytest.raises(RemoteProtocolError, match="Go came"):
-        answers.on_message(Go(Way.PUNCH), now)
+        asks.on_message(Go(Way.PUNCH), now)  # a second time
+    with pytest.raises(RemoteProtocolError, match="Offer came"):
+        asks.on_message(OTHER, now)
 
 
 def test_silence_at_any_step_ends_by_its_deadline():
     asks, answers = two()
-    assert asks.on_time(LIMITS.step_s - 0.01) == []
-    assert of(End, asks.on_time(LIMITS.step_s))[0].reason == "deadline"
-    assert of(End, answers.on_time(LIMITS.step_s))[0].reason == "deadline"
+    for side in (asks, answers):
+        assert side.on_time(side.deadline - 0.01) == []
+        assert of(End, side.on_time(side.deadline))[0].reason == "deadline"
+        assert side.deadline <= LIMITS.step_s + LIMITS.learn_s
     asks, answers, _, _, now = agree()
     ends = [of(End, side.on_time(side.deadline))[0].reason for side in (asks, answers)]
-    assert ends == ["failed", "deadline"]
+    assert ends == ["deadline", "failed"]
     assert max(asks.deadline, answers.deadline) - now < 20
 
 
@@ -169,7 +179,6 @@ _offer = st.builds(
 )
 _message = st.one_of(
     st.just(Ask()),
-    st.just(Ready()),
     _offer,
     st.builds(Go, st.sampled_from(Way)),
     st.builds(Failed, st.text(max_size=20)),
@@ -197,7 +206,7 @@ def test_any_order_of_events_ends_in_time_or_in_a_protocol_error(asks, events):
             elif isinstance(event, tuple):
                 kind, value = event
                 if kind == "learned":
-                    actions = exchange.on_learned(value, now)
+                    actions = exchange.on_learned(value, now, 0.1)
                 elif kind == "failed":
                     actions = exchange.on_failed(value, now)
                 elif kind == "lost":
@@ -205,7 +214,7 @@ def test_any_order_of_events_ends_in_time_or_in_a_protocol_error(asks, events):
                 else:
                     actions = exchange.on_unmapped(value)
             else:
-                actions = exchange.on_message(event, now)
+                actions = exchange.on_message(event, now, 0.1)
             tries += len(of(Try, actions))
             assert sum(len(one.targets) for one in of(Try, actions)) <= LIMITS.targets
             for message in sent(actions):
@@ -216,7 +225,7 @@ def test_any_order_of_events_ends_in_time_or_in_a_protocol_error(asks, events):
         now = exchange.deadline
         tries += len(of(Try, exchange.on_time(now)))
     assert tries <= len(Way)
-    assert now - began <= 3 * LIMITS.step_s + 10 * len(events) + len(Way) * 20
+    assert now - began <= 2 * (LIMITS.step_s + LIMITS.learn_s) + 10 * len(events) + len(Way) * 20
 
 
 @given(st.binary(max_size=200))
