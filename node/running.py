@@ -154,6 +154,7 @@ class Node:
             home=str(self.config.home),
             up_s=trio.current_time() - self.began,
             listen=tuple(str(addr) for addr in self.gather.own_addrs()),
+            reach=self.reach.view(self.label_of),
             api=self.api,
             peers=sum(info.access > Access.STRANGER for info in infos),
             strangers=sum(info.access == Access.STRANGER for info in infos),

@@ -32,6 +32,43 @@ class TroubleView(msgspec.Struct, frozen=True):
     why: str
 
 
+class IndirectView(msgspec.Struct, frozen=True):
+    """A peer that is reached over a relay for want of a direct way."""
+
+    peer: str
+    label: str
+    why: str
+
+
+class ReachView(msgspec.Struct, frozen=True):
+    """How others reach this node, and what it does for those who are worse placed."""
+
+    verdict: str
+    """ "public", "punchable", "symmetric", "relay-only", "unknown" or "local"."""
+    meaning: str
+    """The verdict in plain words."""
+    evidence: tuple[str, ...]
+    """Why it was judged so."""
+    ip: str
+    """Where most see this node from outside; "" where nobody does."""
+    addrs: tuple[str, ...]
+    """Addresses that lead here from outside, where it is public."""
+    relays: tuple[str, ...]
+    """What those relays are called through which others reach this node."""
+    relay_trouble: tuple[str, ...]
+    """Why other relays gave no reservation."""
+    relaying: bool
+    """Whether this node is a relay."""
+    reservations: int
+    """Peers that can be reached through it."""
+    circuits: int
+    """Connections that go through it now."""
+    forwarded_bytes: int
+    echoing: bool
+    """Whether it tells others how it sees their ports."""
+    indirect: tuple[IndirectView, ...]
+
+
 class StatusView(msgspec.Struct, frozen=True):
     """This node."""
 
@@ -45,6 +82,7 @@ class StatusView(msgspec.Struct, frozen=True):
     home: str
     up_s: float
     listen: tuple[str, ...]
+    reach: ReachView
     api: str
     """Base URL of the OpenAI-compatible API."""
     peers: int

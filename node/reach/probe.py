@@ -113,8 +113,10 @@ class Prober:
                 with trio.move_on_at(due):
                     await self._wake.wait()
 
-    def wake(self) -> None:
-        """Look again: something changed."""
+    def forwards_changed(self, gone: Sequence[Multiaddr]) -> None:
+        """Other addresses may lead here than before, and `gone` do not any more: members knock again."""
+        self._judge.closed(gone)
+        self._knocks.clear()
         self._wake.set()
 
     async def _do(self, probe: Callable[[], Awaitable[None]]) -> None:

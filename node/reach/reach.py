@@ -19,7 +19,8 @@ A node that listens on loopback only (preset local) sends no probe and opens no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 
 import trio
@@ -34,7 +35,9 @@ from mycel.node.reach.probe import Prober
 from mycel.node.reach.relay_client import RelayClient
 from mycel.node.reach.relay_server import RelayServer
 from mycel.node.reach.upgrade import Upgrader
-from mycel.node.reach.verdict import Judge, Kind
+from mycel.node.reach.verdict import MEANINGS, Judge, Kind
+from mycel.node.views import IndirectView, ReachView
+from mycel.protocol import echo
 
 RELAYS = 2
 """Reservations of a node that others cannot call: one relay may die."""
@@ -77,6 +80,7 @@ class Reach:
             await nursery.start(self.relay.run)
             await nursery.start(self.circuits.run)
             await nursery.start(self.upgrade.run)
+            self._judge.here(self._host.bound_addrs)
             if not self.is_local:
                 await nursery.start(self.prober.run)
                 self._gather.on_told = self.prober.on_told
@@ -121,7 +125,9 @@ class Reach:
 
     def set_mapped(self, addrs: Sequence[Multiaddr]) -> None:
         """The router promises that calls to `addrs` arrive here; it remains to be seen."""
+        gone = [addr for addr in self._mapped if addr not in addrs]
         self._mapped = list(addrs)
+        self.prober.forwards_changed(gone)
         self.changed()
 
     def _told(self) -> Sequence[Multiaddr]:
@@ -133,3 +139,31 @@ class Reach:
         circuits = list(self.circuits.addrs)[:CIRCUITS_TOLD]
         told = [*own[: ADDRS_MAX - len(circuits)], *circuits]
         return [] if sorted(map(str, told)) == sorted(map(str, bound)) else told
+
+    # Showing
+
+    def view(self, name: Callable[[str], str]) -> ReachView:
+        """For faces; `name` turns a peer id into what people call that peer."""
+        verdict, circuits = self.verdict, self.circuits
+        troubles = circuits.troubles.items() if self._relays_wanted() > len(circuits.relays) else ()
+        return ReachView(
+            verdict=verdict.kind.value,
+            meaning=MEANINGS[verdict.kind],
+            evidence=tuple(_PEER_ID.sub(lambda found: name(found[0]), line) for line in verdict.evidence),
+            ip=verdict.ip,
+            addrs=tuple(map(str, verdict.addrs)),
+            relays=tuple(name(peer) for peer in circuits.relays),
+            relay_trouble=tuple(f"{name(peer)}: {why}" for peer, why in troubles),
+            relaying=self.relay.is_serving,
+            reservations=self.relay.reservations,
+            circuits=self.relay.circuits,
+            forwarded_bytes=self.relay.forwarded,
+            echoing=echo.PROTOCOL in self._host.protocols,
+            indirect=tuple(
+                IndirectView(peer, name(peer), _PEER_ID.sub(lambda found: name(found[0]), why))
+                for peer, why in self.upgrade.troubles.items()
+            ),
+        )
+
+
+_PEER_ID = re.compile(r"\b(?:12D3KooW|Qm)[1-9A-HJ-NP-Za-km-z]{20,60}\b")

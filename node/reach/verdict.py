@@ -52,6 +52,16 @@ class Kind(enum.Enum):
     RELAY_ONLY = "relay-only"
 
 
+MEANINGS = {
+    Kind.LOCAL: "nobody outside its own network is in sight; those inside call it directly",
+    Kind.UNKNOWN: "not found out yet; relays make it callable meanwhile",
+    Kind.PUBLIC: "others can call it from outside",
+    Kind.PUNCHABLE: "others call it through relays, then directly by hole punching",
+    Kind.SYMMETRIC: "others call it through relays; directly only those that accept from any port",
+    Kind.RELAY_ONLY: "others call it through relays only",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What was judged, and why."""
@@ -154,6 +164,12 @@ class Judge:
             self._callers.clear()
             self._open.clear()
             self._vain.clear()
+
+    def closed(self, gone: Sequence[Multiaddr]) -> None:
+        """A router does not promise any more that calls to `gone` arrive here."""
+        for addr in map(str, gone):
+            self._open.pop(addr, None)
+            self._shut.pop(addr, None)
 
     def _forget(self) -> None:
         self.epoch += 1

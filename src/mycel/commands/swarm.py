@@ -64,6 +64,7 @@ def status(home: Path | None, as_json: bool) -> None:
         ("swarm", f"{told['swarm']}  ({told['access']}{', founder' if told['founder'] else ''})"),
         ("up", f"{seconds(told['up_s'])}, process {told['pid']}, version {told['version']}"),
         *(("listens", addr) for addr in told["listen"]),
+        *_reach_rows(told["reach"]),
         ("api", told["api"]),
         ("peers", f"{told['peers']} members, {told['strangers']} strangers connected"),
         ("models", ", ".join(told["models"]) or "none that could run now"),
@@ -73,6 +74,23 @@ def status(home: Path | None, as_json: bool) -> None:
     rows += [("trouble", f"{one['peer']}: {one['why']}") for one in told["trouble"]]
     for what, text in rows:
         click.echo(click.style(f"{what:>8}", fg="cyan") + f"  {printable(text)}")
+
+
+def _reach_rows(reach: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("reach", f"{reach['verdict']}: {reach['meaning']}"), *(("", line) for line in reach["evidence"])]
+    if reach["relays"]:
+        rows.append(("", f"reached through {' and '.join(reach['relays'])}"))
+    rows += [("", f"no relay at {line}") for line in reach["relay_trouble"]]
+    if reach["relaying"]:
+        size = reach["forwarded_bytes"] / 1e6
+        rows.append(
+            (
+                "relays",
+                f"for {reach['reservations']} peers, {reach['circuits']} circuits now, {size:.1f} MB so far",
+            )
+        )
+    rows += [("indirect", f"{one['label']}, over a relay: {one['why']}") for one in reach["indirect"]]
+    return rows
 
 
 def _stage_rows(stage: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 import trio
 
+from mycel.commands.swarm import _reach_rows
 from mycel.node.reach import probe
 from mycel.node.reach.verdict import Kind
 from mycel.protocol import echo
@@ -141,14 +143,103 @@ def test_a_node_on_loopback_probes_nothing(town):
     town(scenario)
 
 
-def test_a_home_whose_owner_forwards_a_port_becomes_public(town):
+def forward(t, home):
+    """Let the router of `home` pass calls on to its port 4001, as an owner or UPnP would; returns where."""
+    box = t.net.boxes[f"{home} box 0"]
+    inside = (t.net.machines[home].ips[0], 4001)
+    mapped = box.translator._map(inside, inside, trio.current_time())
+    return tcp_addr(*mapped.outside)
+
+
+def test_a_home_whose_router_forwards_a_port_becomes_public_and_stops_being_so(town):
     async def scenario(t):
         await t.found()
         await t.join("second")
         node = await t.join("home", "full cone")
-        box = t.net.boxes["home box 0"]
         await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
-        assert box.ip == node.reach.verdict.ip
+        outside = forward(t, "home")
+        node.reach.set_mapped([outside])
+        await t.until(lambda: kind(node) is Kind.PUBLIC, 20)
+        assert node.reach.verdict.addrs == (outside,)
+        await t.until(lambda: not node.reach.circuits.relays, 5)
+        assert addrs(node)[0] == str(outside)
+        assert node.reach.relay.is_serving
+        assert echo.PROTOCOL not in node.host.protocols  # its echo ports are not forwarded
+        t.net.boxes["home box 0"].reboot()
+        node.reach.set_mapped([])
+        await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
+        assert kind(node) is not Kind.PUBLIC
+        assert str(outside) not in addrs(node)
+        assert not node.reach.relay.is_serving
+
+    town(scenario)
+
+
+def test_a_port_forwarded_without_a_word_is_found_by_a_knock(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        machine = t.net.add_site("home", "full cone")[0]
+        outside = forward(t, "home")
+        node = await t.settle(machine)
+        await t.until(lambda: kind(node) is Kind.PUBLIC, 20)
+        assert node.reach.verdict.addrs == (outside,)
+        late = await t.join("late")
+        await t.until(lambda: node.host.peer_id in late.host.peers, 10)
+        assert late.host.peers[node.host.peer_id].path is PathKind.DIRECT
+
+    town(scenario)
+
+
+def test_a_router_that_promises_in_vain_is_not_believed(town):
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        node = await t.join("home", "port")
+        node.reach.set_mapped([tcp_addr("11.128.1.1", 4001)])
+        await trio.sleep(40)
+        assert kind(node) is Kind.PUNCHABLE
+        assert any("4001 did not answer" in line for line in node.reach.verdict.evidence)
+        assert len(node.reach.circuits.relays) == 2
+
+    town(scenario)
+
+
+def test_announced_addresses_are_told_instead_and_relays_besides(town):
+    async def scenario(t):
+        await t.found()
+        node = await t.join("home", "symmetric", announce=("/dns4/example.org/tcp/4800",))
+        assert addrs(node) == ["/dns4/example.org/tcp/4800"]
+        await t.until(lambda: node.reach.circuits.relays, 10)
+        assert addrs(node)[0] == "/dns4/example.org/tcp/4800"
+        assert all(map(is_circuit, addrs(node)[1:]))
+        assert len(addrs(node)) > 1
+
+    town(scenario)
+
+
+def test_status_says_it_in_plain_words(town):
+    async def scenario(t):
+        founder = await t.found()
+        await t.join("second")
+        node = await t.join("home", "symmetric")
+        other = await t.join("flat", "port")
+        await t.until(lambda: kind(node) is Kind.SYMMETRIC, 30)
+        await t.until(lambda: other.host.peer_id in node.host.peers, 30)
+        await trio.sleep(15)
+        told = msgspec.to_builtins(node.status())["reach"]
+        text = "\n".join(f"{what:>8}  {line}" for what, line in _reach_rows(told))
+        assert text.startswith("   reach  symmetric: others call it through relays; directly only those")
+        assert "two ports of founder see it at /ip4/11.128.1.1/tcp/" in text
+        assert "reached through" in text
+        assert "indirect  flat, over a relay: " in text
+        assert "12D3Koo" not in text
+        told = msgspec.to_builtins(founder.status())["reach"]
+        text = "\n".join(line for _, line in _reach_rows(told))
+        assert "public: others can call it from outside" in text
+        assert "which this node had never contacted" in text
+        assert "for 2 peers, " in text
+        assert " circuits now" in text
 
     town(scenario)
 
