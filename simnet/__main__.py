@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     asked = parser.parse_args(list(arguments))
     began = time.monotonic()
+    if asked.scenario == "nat":
+        if asked.seeds < 1 or asked.rtt_ms <= 0:
+            parser.error("there must be a seed, and a distance: without one nothing can cross on the way")
+        return _nat(asked, began)
     report: DieoffReport | StormReport
     if asked.scenario == "swarm":
         asked.deaths = asked.nodes // 3 if asked.deaths is None else asked.deaths
@@ -65,7 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     rough = scenarios.add_parser("storm", help="bare machines chat while everything goes wrong")
     rough.add_argument("--nodes", type=int, default=12, help="machines (default 12)")
     rough.add_argument("--seconds", type=float, default=60.0, help="virtual seconds (default 60)")
-    for scenario in (swarm, rough):
+    nat = scenarios.add_parser(
+        "nat", help="nodes behind every kind of NAT call each other; who gets through, how soon directly"
+    )
+    nat.add_argument("--seeds", type=int, default=3, help="how many seeds, from --seed on (default 3)")
+    nat.add_argument(
+        "--rtt-ms", type=float, default=40.0, help="round trip between any two sites (default 40)"
+    )
+    for scenario in (swarm, rough, nat):
         scenario.add_argument("--seed", type=int, default=0, help="what everything is drawn from (default 0)")
         scenario.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -83,6 +95,22 @@ def _swarm(asked: argparse.Namespace) -> DieoffReport:
         if asked.last_copies:  # each node has a layer, and memory for two more
             options = dataclasses.replace(options, layers_per_node=3, last_copies=True)
         return clock.run(lambda: dieoff(options), asked.seed)
+
+
+def _nat(asked: argparse.Namespace, began: float) -> int:
+    from mycel.simnet.reachability import ReachabilityOptions, reachability
+    from mycel.simnet.table import table
+
+    reports = []
+    for seed in range(asked.seed, asked.seed + asked.seeds):
+        options = ReachabilityOptions(seed, asked.rtt_ms / 1000)
+        reports.append(clock.run(partial(reachability, options), seed))
+    if asked.json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    else:
+        print("\n".join(table(reports)))
+        print(f"real time {time.monotonic() - began:.1f} s")
+    return 0 if all(report.went_well for report in reports) else 1
 
 
 def _lines(report: DieoffReport | StormReport) -> list[str]:
