@@ -5,12 +5,12 @@ Two ends in memory with the promises of `mycel.protocol.mesh.Stream`: a window, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import trio
 
-from mycel.protocol.errors import RemoteProtocolError, StreamClosed, StreamReset
+from mycel.protocol.errors import StreamClosed, StreamReset
+from mycel.protocol.inbox import Inbox
 from mycel.protocol.limits import MIB
 from mycel.protocol.mesh import Buffer, PeerId
 
@@ -28,13 +28,12 @@ class LoopStream:
         self.protocol = protocol
         self._other: LoopStream = self
         self._room = WINDOW  # what this end may still send
-        self._inbox: deque[bytes] = deque()
+        self._inbox = Inbox(protocol, self.credit)
         self._receiver: Receiver | None = None
         self._credits_itself = True
         self._ended_here = False
-        self._ended_there = False
         self._lost: StreamReset | None = None
-        self._news = trio.lowlevel.ParkingLot()
+        self._room_lot = trio.lowlevel.ParkingLot()
 
     def try_send(self, data: Buffer, *, end: bool = False) -> bool:
         """See `Stream.try_send`."""
@@ -58,7 +57,7 @@ class LoopStream:
             if not view:
                 break
             if not self._room:
-                await self._news.park()
+                await self._room_lot.park()
         if end:
             self._end()
 
@@ -75,8 +74,7 @@ class LoopStream:
 
     def _on_data(self, data: bytes) -> None:
         if self._receiver is None:
-            self._inbox.append(data)
-            self._news.unpark_all()
+            self._inbox.put(data)
             return
         self._receiver(memoryview(data), None)
         if self._credits_itself:
@@ -84,44 +82,25 @@ class LoopStream:
 
     async def receive_some(self, max_bytes: int = MIB) -> bytes:
         """See `Stream.receive_some`."""
-        while not self._inbox:
-            if self._lost is not None:
-                raise self._lost.with_traceback(None)
-            if self._ended_there:
-                return b""
-            await self._news.park()
-        data = self._inbox.popleft()
-        if len(data) > max_bytes:
-            self._inbox.appendleft(data[max_bytes:])
-            data = data[:max_bytes]
-        self.credit(len(data))
-        return data
+        return await self._inbox.receive_some(max_bytes)
 
     async def receive_exactly(self, count: int) -> bytes:
         """See `Stream.receive_exactly`."""
-        data = bytearray()
-        while len(data) < count:
-            part = await self.receive_some(count - len(data))
-            if not part:
-                raise RemoteProtocolError(f"the {self.protocol} stream ended {count - len(data)} bytes early")
-            data += part
-        return bytes(data)
+        return await self._inbox.receive_exactly(count)
 
     def deliver_to(self, receiver: Receiver, *, credit: bool = True) -> None:
         """See `Stream.deliver_to`."""
         self._receiver = receiver
         self._credits_itself = credit
-        while self._inbox:
-            self._on_data(self._inbox.popleft())
-        if self._lost is not None:
-            receiver(None, self._lost)
-        elif self._ended_there:
-            receiver(None, None)
+        for data in self._inbox.take_all():
+            self._on_data(data)
+        if self._inbox.loss is not None or self._inbox.ended:
+            receiver(None, self._inbox.loss)
 
     def credit(self, count: int) -> None:
         """See `Stream.credit`."""
         self._other._room += count
-        self._other._news.unpark_all()
+        self._other._room_lot.unpark_all()
 
     async def send_eof(self) -> None:
         """See `Stream.send_eof`."""
@@ -134,8 +113,7 @@ class LoopStream:
             self._other._on_end()
 
     def _on_end(self) -> None:
-        self._ended_there = True
-        self._news.unpark_all()
+        self._inbox.end()
         if self._receiver is not None:
             self._receiver(None, None)
 
@@ -145,10 +123,11 @@ class LoopStream:
             end._on_reset()
 
     def _on_reset(self) -> None:
-        if self._lost is not None or (self._ended_here and self._ended_there):
+        if self._lost is not None or (self._ended_here and self._inbox.ended):
             return
         self._lost = StreamReset(f"the {self.protocol} stream was reset")
-        self._news.unpark_all()
+        self._inbox.lose(self._lost)
+        self._room_lot.unpark_all()
         if self._receiver is not None:
             self._receiver(None, self._lost)
 

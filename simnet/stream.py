@@ -8,13 +8,13 @@ up.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
-from mycel.protocol.errors import ConnectionLost, Refused, RemoteProtocolError, StreamClosed, StreamReset
+from mycel.protocol.errors import ConnectionLost, Refused, StreamClosed, StreamReset
+from mycel.protocol.inbox import Inbox
 from mycel.protocol.mesh import Buffer, PeerId
 from mycel.simnet.park import Park
 
@@ -48,14 +48,12 @@ class MeshStream:
         self._id = stream_id
         self._credit = window
         self._part = max(window // PARTS, 1)
-        self._inbox: deque[bytes] = deque()
+        self._inbox = Inbox(protocol, self.credit)
         self._receiver: Receiver | None = None
         self._credits_itself = True
-        self._eof_sent = self._eof_received = self._closed = False
+        self._eof_sent = self._closed = False
         self._send_error: Loss | None = None
-        self._receive_error: Loss | None = None
         self._writable = Park(f"room to send on a {protocol} stream")
-        self._readable = Park(f"data on a {protocol} stream")
         self._sending = False
 
     def __repr__(self) -> str:
@@ -108,43 +106,22 @@ class MeshStream:
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         """See `Stream.receive_some`."""
-        while not self._inbox:
-            if self._receive_error is not None:
-                raise self._receive_error.with_traceback(None)
-            if self._eof_received:
-                return b""
-            await self._readable.wait()
-        data = self._inbox.popleft()
-        if len(data) > max_bytes:
-            self._inbox.appendleft(data[max_bytes:])
-            data = data[:max_bytes]
-        self.credit(len(data))
-        return data
+        return await self._inbox.receive_some(max_bytes)
 
     async def receive_exactly(self, count: int) -> bytes:
         """See `Stream.receive_exactly`."""
-        parts: list[bytes] = []
-        missing = count
-        while missing:
-            part = await self.receive_some(missing)
-            if not part:
-                raise RemoteProtocolError(
-                    f"{self.peer} ended its {self.protocol} stream {missing} bytes short of {count}"
-                )
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+        return await self._inbox.receive_exactly(count)
 
     def deliver_to(self, receiver: Receiver, *, credit: bool = True) -> None:
         """See `Stream.deliver_to`."""
         self._receiver = receiver
         self._credits_itself = credit
-        while self._inbox and self._receiver is receiver:
-            self._hand_over(self._inbox.popleft())
-        if self._receive_error is not None:
-            self._call(None, self._receive_error)
-        elif self._eof_received:
-            self._call(None, None)
+        for data in self._inbox.take_all():
+            self._hand_over(data)
+            if self._receiver is not receiver:
+                return
+        if self._inbox.loss is not None or self._inbox.ended:
+            self._call(None, self._inbox.loss)
 
     def _hand_over(self, data: bytes) -> None:
         self._call(memoryview(data), None)
@@ -163,7 +140,7 @@ class MeshStream:
 
     def credit(self, count: int) -> None:
         """See `Stream.credit`."""
-        if not self._eof_received and self._receive_error is None:
+        if not self._inbox.ended and self._inbox.loss is None:
             self._end.tell(0, "on_credit", self._id, count)
 
     async def send_eof(self) -> None:
@@ -182,7 +159,7 @@ class MeshStream:
 
     def reset(self) -> None:
         """See `Stream.reset`."""
-        if self._receive_error is None and not (self._eof_sent and self._eof_received):
+        if self._inbox.loss is None and not (self._eof_sent and self._inbox.ended):
             self._end.tell(0, "on_reset", self._id, StreamReset(f"the peer reset the {self.protocol} stream"))
         self.on_loss(StreamReset(f"this side reset its {self.protocol} stream"))
 
@@ -191,11 +168,11 @@ class MeshStream:
         self._end_sending()
         self._closed = True
         self._receiver = None
-        self._inbox.clear()
+        self._inbox.discard()
         await trio.lowlevel.checkpoint()
 
     def _forget_if_over(self) -> None:
-        if self._receive_error is not None or (self._eof_sent and self._eof_received):
+        if self._inbox.loss is not None or (self._eof_sent and self._inbox.ended):
             self._end.forget(self._id)
 
     def on_data(self, data: bytes) -> None:
@@ -206,8 +183,7 @@ class MeshStream:
         elif self._receiver is not None:
             self._hand_over(data)
         else:
-            self._inbox.append(data)
-            self._readable.wake()
+            self._inbox.put(data)
 
     def on_credit(self, count: int) -> None:
         """The other end has taken `count` bytes."""
@@ -216,8 +192,7 @@ class MeshStream:
 
     def on_eof(self) -> None:
         """The other end sends no more."""
-        self._eof_received = True
-        self._readable.wake()
+        self._inbox.end()
         self._call(None, None)
         self._forget_if_over()
 
@@ -227,13 +202,9 @@ class MeshStream:
 
     def on_loss(self, loss: Loss) -> None:
         """Nothing more goes either way. A peer's end of stream that came before stays a proper end."""
-        first = self._receive_error is None and not self._eof_received
         self._send_error = self._send_error or loss
-        if first:
-            self._receive_error = loss
-            self._inbox.clear()
+        first = self._inbox.lose(loss)
         self._writable.wake()
-        self._readable.wake()
         if first or self._receiver is not None:
             self._call(None, loss)
         self._end.forget(self._id)
