@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mycel.node.stream import HostStream
+from mycel.protocol import multistream
 from mycel.protocol.channel import Channel
 from mycel.protocol.errors import MycelError, StreamReset
 from mycel.protocol.mesh import Access, StreamHandler, StreamTaker
-from mycel.protocol.multistream import Listener
 
 if TYPE_CHECKING:
     from mycel.node.link import Link
@@ -43,7 +43,7 @@ class Arrival:
         self._link = link
         self._channel = channel
         self._services = services
-        self._listener = Listener(services.__contains__, link.limits.multistream_message)
+        self._listener: multistream.Listener | None = None
         self.deadline = deadline
         channel.sink = self
 
@@ -55,21 +55,31 @@ class Arrival:
                 channel.reset(StreamReset("the peer ended the stream before naming a protocol"))
             self._link.arrivals.pop(channel.id, None)
             return
-        listener = self._listener
-        answer, rest = listener.receive(data)
+        rest: memoryview | bytes
+        protocol = multistream.recognise(data) if self._listener is None else None
+        if protocol is not None and protocol in self._services:
+            answer = multistream.proposal(protocol)
+            rest = data[len(answer) :]
+            channel.prefix = answer
+        else:
+            listener = self._listener
+            if listener is None:
+                speaks, limit = self._services.__contains__, self._link.limits.multistream_message
+                listener = self._listener = multistream.Listener(speaks, limit)
+            answer, rest = listener.receive(data)
+            channel.prefix += answer
+            protocol = listener.protocol
+            if listener.given_up is not None:
+                self._link.arrivals.pop(channel.id, None)
+                channel.forget()
+                return
         channel.credit(len(data) - len(rest))
-        channel.prefix += answer
-        protocol = listener.protocol
-        if listener.given_up is not None:
-            self._link.arrivals.pop(channel.id, None)
-            channel.forget()
-            return
         if protocol is None or not rest:
             channel.flush_prefix()
         if protocol is not None:
             self._link.arrivals.pop(channel.id, None)
             stream = HostStream(self._link, channel, self._link.peer, protocol)
-            self._link.on_stream(stream, self._services[protocol], bytes(rest))
+            self._link.on_stream(stream, self._services[protocol], rest)
 
     def expire(self, seconds: float) -> None:
         """The peer took too long."""

@@ -200,7 +200,8 @@ class Link:
         try:
             while view := connection.outgoing():
                 count = self._pipe.try_send(view)
-                connection.sent(count)
+                if not connection.sent(count):
+                    return
                 if count < len(view):
                     self._blocked = True
                     self._wake_writer()
@@ -242,17 +243,18 @@ class Link:
 
     def try_open_stream(self, protocol: str) -> HostStream | None:
         """A stream, None where it would have to be waited for."""
-        session = self._connection.session if self.is_open and not self.draining else None
-        if session is None or not session.can_open:
+        connection = self._connection
+        if self.draining or connection.stage is not Stage.OPEN:
             return None
-        return HostStream(self, session.open(), self.peer, protocol)
+        channel = connection.session.try_open()
+        return None if channel is None else HostStream(self, channel, self.peer, protocol)
 
-    def on_stream(self, stream: HostStream, service: Service, data: bytes) -> None:
+    def on_stream(self, stream: HostStream, service: Service, data: memoryview | bytes) -> None:
         """An inbound stream's protocol is agreed; `data` came behind it."""
         if data:
             stream.take(data)
         if stream.protocol == introduce.FAREWELL:
-            self.farewell = introduce.read_farewell(data)
+            self.farewell = introduce.read_farewell(bytes(data))
             stream.reset()
             return
         assert self._gate is not None
@@ -292,7 +294,7 @@ class Link:
 
     def on_channel(self, channel: Channel) -> None:
         """See `session.Observer`."""
-        deadline = trio.current_time() + self.limits.negotiate_s
+        deadline = self._connection.now + self.limits.negotiate_s
         self.arrivals[channel.id] = Arrival(self, channel, self._owner.services, deadline)
 
     def on_slot(self) -> None:

@@ -75,7 +75,6 @@ class HostStream:
         channel.sink = self._take
         channel.on_drained = self._on_drained
         if not channel.inbound:
-            self._asks = multistream.Dialer(protocol, link.limits.multistream_message)
             channel.prefix = multistream.proposal(protocol)
             channel.sink = self._take_answer
 
@@ -102,6 +101,8 @@ class HostStream:
             data = data.cast("B")
         if not self._channel.try_send(data, end=end):
             return False
+        if end and self._channel.is_over:
+            self._receiver = None
         self._link.flush()
         return True
 
@@ -264,14 +265,22 @@ class HostStream:
 
     def _take_answer(self, data: memoryview | None, error: MycelError | None) -> bool:
         """The sink of an outbound stream until the peer agreed to the protocol."""
-        if data is None or self._asks is None:
+        if data is None:
             if error is None:
                 error = StreamReset(f"the peer ended the stream without agreeing to {self.protocol}")
                 self._channel.reset(error)
             self._lose(error)
             return False
+        rest: memoryview | bytes | None
+        agreement = multistream.proposal(self.protocol)
+        size = len(agreement)
         try:
-            rest = self._asks.receive(data)
+            if self._asks is None and data[:size] == agreement:
+                rest = data[size:]
+            else:
+                if self._asks is None:
+                    self._asks = multistream.Dialer(self.protocol, self._link.limits.multistream_message)
+                rest = self._asks.receive(data)
         except Refused as refused:
             self._lose(refused)
             self._channel.reset(refused)
@@ -305,9 +314,9 @@ class HostStream:
             return False
         return self._credited
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: memoryview | bytes) -> None:
         """Data that came together with the negotiation."""
-        self._take(memoryview(data), None)
+        self._inbox.append(bytes(data))
 
     def _lose(self, error: MycelError) -> None:
         """No more will arrive. After an end in order, or where the connection was lost, what did arrive can
@@ -329,7 +338,7 @@ class HostStream:
         receiver = self._receiver
         if receiver is None:
             return
-        if error is not None:
+        if error is not None or self._channel.is_over:
             self._receiver = None
         try:
             receiver(None, error)

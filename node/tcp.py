@@ -109,7 +109,8 @@ class TcpPipe:
 
     def try_send(self, data: memoryview | bytes | bytearray) -> int:
         """See `Pipe.try_send`."""
-        self._check()
+        if self._why is not None:
+            self._check()
         try:
             return self._sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -119,7 +120,8 @@ class TcpPipe:
 
     def try_recv_into(self, buffer: memoryview | bytearray) -> int | None:
         """See `Pipe.try_recv_into`."""
-        self._check()
+        if self._why is not None:
+            self._check()
         try:
             return self._sock.recv_into(buffer)
         except (BlockingIOError, InterruptedError):

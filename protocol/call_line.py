@@ -15,18 +15,18 @@ import outcome
 import trio
 
 from mycel.protocol.alarm import Alarm
+from mycel.protocol.call_single import begin_frame
 from mycel.protocol.callbook import codec_of
 from mycel.protocol.deadlines import remaining_ms
 from mycel.protocol.errors import (
     ConnectionLost,
     DeadlineExceeded,
-    LimitExceeded,
     Refused,
     RemoteProtocolError,
     StreamReset,
 )
 from mycel.protocol.failure import decode_failure, lost
-from mycel.protocol.frame import CANCEL, ERROR, HEAD, HEAD_BYTES, REQUEST, RESPONSE, Frame, pack, split
+from mycel.protocol.frame import CANCEL, ERROR, HEAD_BYTES, RESPONSE, Frame, pack, split
 from mycel.protocol.limits import CallLimits
 from mycel.protocol.mesh import Mesh, PeerId, Stream
 from mycel.protocol.message import MessageError
@@ -93,7 +93,7 @@ class Line:
     def is_full(self) -> bool:
         """Whether another call must wait for room."""
         return (
-            self._outlet.is_full
+            self._outlet.backlog_bytes > self._limits.backlog_bytes
             or len(self._pending) >= self._limits.in_flight
             or self._held > self._limits.in_flight_bytes - self._limits.shared_bytes
         )
@@ -162,28 +162,10 @@ class Line:
 
     def _encode(self, number: int, method: Method[Any, Any], request: Any, deadline: float) -> Any:
         """The request's frame; in a buffer that the next call reuses, where it can be."""
-        codec = codec_of(method.request)
-        deadline_ms = remaining_ms(deadline)
-        name = method.name.encode()
-        if codec.has_tensors:
-            body, raws = codec.encode(request)
-            parts = pack(REQUEST, number, body, raws, name=name, deadline_ms=deadline_ms)
-            total = sum(len(part) for part in parts)
-        else:
-            buffer = self._scratch
-            begin = HEAD_BYTES + len(name)
-            codec.encode_into(request, buffer, begin)
-            buffer[HEAD_BYTES:begin] = name
-            total = len(buffer)
-            HEAD.pack_into(buffer, 0, total - HEAD_BYTES, REQUEST, len(name), 0, number, deadline_ms)
-            parts = [buffer]
-        if total > self._limits.message_bytes:
-            raise LimitExceeded(
-                f"{method.name}: a request of {total} bytes, more than message_bytes allows "
-                f"({self._limits.message_bytes}); send it in pieces"
-            )
-        if total - HEAD_BYTES > self._limits.shared_bytes:
-            raise TooLarge([bytes(part) if part is self._scratch else part for part in parts])
+        scratch = self._scratch
+        parts = begin_frame(method, number, request, remaining_ms(deadline), self._limits, scratch)
+        if sum(map(len, parts)) - HEAD_BYTES > self._limits.shared_bytes:
+            raise TooLarge([bytes(part) if part is scratch else part for part in parts])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _forget(self, number: int) -> Pending | None:
@@ -205,7 +187,7 @@ class Line:
             chunk = memoryview(self._tail + bytes(chunk))
         try:
             frames, used = split(chunk, self._limits.shared_bytes)
-            self._tail = bytes(chunk[used:])
+            self._tail = bytes(chunk[used:]) if used < len(chunk) else b""
             for frame in frames:
                 self._on_frame(frame)
         except RemoteProtocolError as broken:

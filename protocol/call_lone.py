@@ -59,9 +59,10 @@ class LoneCall:
             if deadline < math.inf:
                 alarm.set(deadline, number, self)
             try:
-                self._result = await trio.lowlevel.wait_task_rescheduled(self._abort)
+                await trio.lowlevel.wait_task_rescheduled(self._abort)
             finally:
                 alarm.clear(self)
+        assert self._result is not None
         if not isinstance(self._result, outcome.Value):
             self._stream.reset()
         elif not self._has_ended:  # else the stream is over both ways already
@@ -84,7 +85,7 @@ class LoneCall:
         self._result = result
         task, self._task = self._task, None
         if task is not None:
-            trio.lowlevel.reschedule(task, outcome.Value(result))
+            trio.lowlevel.reschedule(task)
 
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
         self._has_ended = chunk is None

@@ -19,7 +19,7 @@ from mycel.protocol.errors import (
     StreamReset,
 )
 from mycel.protocol.failure import decode_failure, lost
-from mycel.protocol.frame import END, ERROR, ITEM, REQUEST, RESPONSE, Frame, pack
+from mycel.protocol.frame import END, ERROR, HEAD, HEAD_BYTES, ITEM, REQUEST, RESPONSE, Frame, pack
 from mycel.protocol.inlet import Inlet
 from mycel.protocol.limits import CallLimits
 from mycel.protocol.mesh import Buffer, Stream
@@ -30,17 +30,32 @@ from mycel.protocol.serve_single import check_size, send_parts
 
 
 def begin_frame(
-    method: Method[Any, Any], number: int, request: Any, deadline_ms: int, limits: CallLimits
+    method: Method[Any, Any],
+    number: int,
+    request: Any,
+    deadline_ms: int,
+    limits: CallLimits,
+    scratch: bytearray | None = None,
 ) -> list[Buffer]:
-    """The frame that begins a call, with the request where the method takes exactly one.
+    """The frame that begins a call, with the request where the method takes exactly one. It may be
+    written to `scratch`, and is good until that is used again.
 
     Raises `LocalProtocolError` for a request that cannot be encoded, `LimitExceeded` for one too large.
     """
     name = method.name.encode()
     if method.kind not in (Kind.UNARY, Kind.SERVER_STREAM):
         return pack(REQUEST, number, name=name, deadline_ms=deadline_ms)
-    body, raws = codec_of(method.request).encode(request)
-    parts = pack(REQUEST, number, body, raws, name=name, deadline_ms=deadline_ms)
+    codec = codec_of(method.request)
+    parts: list[Buffer]
+    if scratch is None or codec.has_tensors:
+        body, raws = codec.encode(request)
+        parts = pack(REQUEST, number, body, raws, name=name, deadline_ms=deadline_ms)
+    else:
+        begin = HEAD_BYTES + len(name)
+        codec.encode_into(request, scratch, begin)
+        HEAD.pack_into(scratch, 0, len(scratch) - HEAD_BYTES, REQUEST, len(name), 0, number, deadline_ms)
+        scratch[HEAD_BYTES:begin] = name
+        parts = [scratch]
     check_size(parts, limits.message_bytes)
     return parts
 

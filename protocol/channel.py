@@ -207,6 +207,16 @@ class Channel:
             count -= size
             outbox.popleft()
 
+    def let_go(self) -> None:
+        """Nothing will happen on this stream any more: forget its user, so that both are freed at once."""
+        self.sink = _discard
+        self.on_drained = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both ends finished."""
+        return self.fin_sent and self.fin_received
+
     def drop_queue(self) -> None:
         """Forget all that is queued."""
         self.queued = 0

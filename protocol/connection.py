@@ -80,7 +80,8 @@ class Connection:
         self._outlet: Outlet | None = None
         self._opener: Opener | None = None
         self._session: Session | None = None
-        self._now = 0.0
+        self.now = 0.0
+        """When the last bytes came."""
         self._asks: multistream.Dialer | None = None
         self._answers: multistream.Listener | None = None
         self.stage = Stage.SECURITY
@@ -111,7 +112,7 @@ class Connection:
         Raises `RemoteProtocolError` or `Refused` with the reason to drop the connection; nothing is to be
         called but `lose` after that.
         """
-        self._now = now
+        self.now = now
         if self._opener is None:
             rest = self._before_cipher(data)
             if self._opener is None or not rest:
@@ -204,20 +205,20 @@ class Connection:
             self._observer,
             self._setup.limits,
             client=self._dialer,
-            now=self._now,
+            now=self.now,
         )
         self.stage = Stage.OPEN
         self._observer.on_open(remote)
 
     def _on_plain(self, plain: memoryview) -> None:
         if self._session is not None:
-            self._session.feed(plain, self._now)
+            self._session.feed(plain, self.now)
             return
         if self.stage is not Stage.MUXER:
             return
         rest = self._negotiate(bytes(plain))
         if rest and self._session is not None:
-            self._session.feed(memoryview(rest), self._now)
+            self._session.feed(memoryview(rest), self.now)
 
     # Out
 
@@ -233,15 +234,16 @@ class Connection:
         outlet.seal()
         return outlet.outgoing()
 
-    def sent(self, count: int) -> None:
-        """The pipe took `count` of the bytes of the last `outgoing`."""
+    def sent(self, count: int) -> bool:
+        """The pipe took `count` of the bytes of the last `outgoing`; False where nothing is left to send."""
         if self._raw:
             self._raw_sent += count
             if self._raw_sent == len(self._raw):
                 self._raw.clear()
                 self._raw_sent = 0
-        elif self._outlet is not None:
-            self._outlet.sent(count)
+        elif self._outlet is not None and self._outlet.sent(count):
+            return self._session is not None and self._session.egress.waiting
+        return True
 
     def lose(self, error: ConnectionLost) -> None:
         """The connection is over: every stream ends with `error`."""

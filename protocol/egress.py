@@ -53,16 +53,17 @@ class Egress:
             room = self._outlet.room() - HEADER_BYTES
         return room if room >= least else 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `fill` may have anything to write."""
+        return bool(self._control or self._ready)
+
     def put(self, channel: Channel, data: bytes | bytearray | memoryview, size: int, *, end: bool) -> bool:
         """Write `data` as one frame right away; False where it does not fit into the output now."""
         outlet = self._outlet
         need = HEADER_BYTES + size
-        if outlet.room() < need:
-            if need > PLAINTEXT_MAX:
-                return False
-            outlet.seal()
-            if outlet.room() < need:
-                return False
+        if need > PLAINTEXT_MAX or not outlet.make_room(need):
+            return False
         view, at = outlet.reserve(need)
         flags = channel.flags
         channel.flags = 0

@@ -137,6 +137,8 @@ def read_rest(head: Head, rest: memoryview, owned: bool) -> Frame:
     """The frame behind `head`, whose `size` bytes are `rest`. Raises `RemoteProtocolError`."""
     named, count = head[2], head[3]
     if not count:
+        if not named:
+            return Frame(head, b"", rest, (), owned)
         if named > head[0]:
             raise RemoteProtocolError(f"frame of {head[0]} bytes with a name of {named}")
         return Frame(head, bytes(rest[:named]), rest[named:], (), owned)

@@ -3,7 +3,8 @@
 A message is a length, a text and a newline. Each side first says `/multistream/1.0.0`; then the dialer names
 a protocol and the listener echoes it or says `na`. A dialer that wants just one protocol need not wait for
 the echo: it sends both messages and its first data together (lazy negotiation), so a fresh stream costs
-no round trip. Both roles are machines here: bytes in, and what is left behind the agreement out.
+no round trip. Both roles are machines here: bytes in, and what is left behind the agreement out. Bytes that
+were proposed before need none: `proposal` and `recognise` are one look into a table.
 """
 
 from __future__ import annotations
@@ -31,12 +32,27 @@ def message(text: str) -> bytes:
 
 
 _HEADER_MESSAGE = message(HEADER)
+_NAME_AT = len(_HEADER_MESSAGE) + 1
+_KNOWN_MAX = 1024
+_known: dict[bytes, str] = {}
+"""Proposals that this process made or agreed to, and the protocol of each."""
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=_KNOWN_MAX)
 def proposal(protocol: str) -> bytes:
     """What a lazy dialer sends ahead of its data, and what a listener that agrees sends ahead of its own."""
-    return _HEADER_MESSAGE + message(protocol)
+    proposed = _HEADER_MESSAGE + message(protocol)
+    if len(_known) < _KNOWN_MAX:
+        _known[proposed] = protocol
+    return proposed
+
+
+def recognise(data: memoryview | bytes) -> str | None:
+    """The protocol that `data` begins by proposing, where `proposal` was asked for it before; None where it
+    takes a `Listener` to tell."""
+    if len(data) < _NAME_AT:
+        return None
+    return _known.get(bytes(data[: _NAME_AT + data[_NAME_AT - 1]]))
 
 
 class _Messages:
@@ -73,12 +89,11 @@ class _Messages:
 class Dialer:
     """The side that named `protocol` already (see `proposal`) and now reads the answer."""
 
-    __slots__ = ("_limit", "_messages", "_protocol", "_seen_header")
+    __slots__ = ("_messages", "_protocol", "_seen_header")
 
     def __init__(self, protocol: str, limit: int = DEFAULT_LIMITS.multistream_message) -> None:
         self._protocol = protocol
-        self._limit = limit
-        self._messages: _Messages | None = None
+        self._messages = _Messages(limit)
         self._seen_header = False
 
     def receive(self, data: memoryview | bytes) -> memoryview | bytes | None:
@@ -87,11 +102,6 @@ class Dialer:
         Raises `Refused` (reason "protocol") for `na`, `RemoteProtocolError` for anything else.
         """
         messages = self._messages
-        if messages is None:
-            expected = proposal(self._protocol)
-            if data[: len(expected)] == expected:
-                return data[len(expected) :]
-            messages = self._messages = _Messages(self._limit)
         messages.feed(data)
         while (text := messages.next()) is not None:
             if not self._seen_header:
@@ -110,14 +120,13 @@ class Dialer:
 class Listener:
     """The side that is asked. `speaks` says which protocols it agrees to."""
 
-    __slots__ = ("_limit", "_messages", "_proposals", "_said_header", "_speaks", "given_up", "protocol")
+    __slots__ = ("_messages", "_proposals", "_said_header", "_speaks", "given_up", "protocol")
 
     def __init__(
         self, speaks: Callable[[str], bool], limit: int = DEFAULT_LIMITS.multistream_message
     ) -> None:
         self._speaks = speaks
-        self._limit = limit
-        self._messages: _Messages | None = None
+        self._messages = _Messages(limit)
         self._proposals = 0
         self._said_header = False
         self.protocol: str | None = None
@@ -131,12 +140,6 @@ class Listener:
         Raises `RemoteProtocolError` where the peer does not speak multistream-select at all.
         """
         messages = self._messages
-        if messages is None:
-            end = self._match(data)
-            if end:
-                assert self.protocol is not None
-                return proposal(self.protocol), data[end:]
-            messages = self._messages = _Messages(self._limit)
         messages.feed(data)
         answer = bytearray()
         try:
@@ -161,22 +164,6 @@ class Listener:
                 raise RemoteProtocolError(f"more than {PROPOSALS_MAX} protocols proposed on one stream")
             if text != LS and self._speaks(text):
                 self.protocol = text
-                answer += message(text)
+                answer += proposal(text)[len(_HEADER_MESSAGE) :]
             else:
                 answer += message(NA)
-
-    def _match(self, data: memoryview | bytes) -> int:
-        """The usual case, where header and one short, known protocol come in one piece: the offset behind
-        them, 0 where it is not so."""
-        start = len(_HEADER_MESSAGE)
-        if len(data) <= start or data[:start] != _HEADER_MESSAGE or data[start] > 0x7F:
-            return 0
-        end = start + 1 + data[start]
-        name = bytes(data[start + 1 : end])
-        if end > len(data) or name[-1:] != b"\n" or not name.isascii():
-            return 0
-        text = name[:-1].decode()
-        if not self._speaks(text):
-            return 0
-        self.protocol = text
-        return end

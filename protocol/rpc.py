@@ -57,6 +57,8 @@ class Rpc:
 
     def __init__(self, mesh: Mesh, limits: CallLimits = DEFAULT_CALL_LIMITS) -> None:
         self._mesh = mesh
+        self._own = mesh.peer_id
+        self._scratch = bytearray()
         self._limits = limits
         self._alarm = Alarm()
         self._server = Server(mesh, limits)
@@ -125,7 +127,7 @@ class Rpc:
         deadline, is_watched = self._deadline(method, deadline_s)
         until = math.inf if is_watched else deadline
         parts: list[Buffer] = []
-        on_line = not fresh and peer != self._mesh.peer_id
+        on_line = not fresh and peer != self._own
         answer: Res
         if not method.idempotent:  # the two short ways, without a cancel scope
             try:
@@ -137,11 +139,13 @@ class Rpc:
                 parts, on_line = too_large.parts, False
             if fresh:
                 number = next(self._numbers)
-                parts = begin_frame(method, number, request, remaining_ms(deadline), self._limits)
+                left_ms = remaining_ms(deadline)
+                parts = begin_frame(method, number, request, left_ms, self._limits, self._scratch)
                 lone = self._try_lone(peer, method, parts)
                 if lone is not None:
                     answer = await lone.answer(self._alarm, number, until)
                     return answer
+                parts = [bytes(part) if part is self._scratch else part for part in parts]
         with trio.CancelScope(deadline=until):
             try:
                 answer = await self._ask(peer, method, request, deadline, parts, on_line)
@@ -204,7 +208,7 @@ class Rpc:
 
     def _try_lone(self, peer: PeerId, method: Method[Any, Any], parts: list[Buffer]) -> LoneCall | None:
         """The call, sent on a stream of its own; None (nothing sent) where it cannot be now or at once."""
-        if len(parts) > 1 or peer == self._mesh.peer_id:
+        if len(parts) > 1 or peer == self._own:
             return None
         stream = self._mesh.try_open_stream(peer, SINGLE)
         if stream is None:
@@ -257,7 +261,7 @@ class Rpc:
             await line.wait_room()
 
     async def _open(self, peer: PeerId, protocol: str) -> Stream:
-        if peer != self._mesh.peer_id:
+        if peer != self._own:
             stream = self._mesh.try_open_stream(peer, protocol)
             return await self._mesh.open_stream(peer, protocol) if stream is None else stream
         near, far = loop_pair(peer, protocol)

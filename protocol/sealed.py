@@ -52,6 +52,12 @@ class Outlet:
         """Plaintext bytes that still fit into the open message (0: none, and no further message fits)."""
         return self._limit - self._tail
 
+    def make_room(self, count: int) -> bool:
+        """Whether `count` bytes fit into the open message, or into the next one, which then is the open one."""
+        if self._tail + count > self._limit:
+            self.seal()
+        return self._tail + count <= self._limit
+
     def reserve(self, count: int) -> tuple[memoryview, int]:
         """The buffer and the offset where the caller writes `count` bytes now (`count` <= `room()`)."""
         if self._buffer is None:
@@ -80,10 +86,11 @@ class Outlet:
         """Sealed bytes that wait for the pipe."""
         return self._view[self._begin : self._sealed]
 
-    def sent(self, count: int) -> None:
-        """The pipe took `count` bytes."""
+    def sent(self, count: int) -> bool:
+        """The pipe took `count` bytes; True where those were all."""
         self._begin += count
-        if self._begin == self._sealed and self._tail == self._sealed + LENGTH and self._buffer is not None:
+        is_empty = self._begin == self._sealed and self._tail == self._sealed + LENGTH
+        if is_empty and self._buffer is not None:
             if len(self._spare) < SPARE_MAX:
                 self._spare.append(self._buffer)
             self._view = memoryview(b"")
@@ -91,6 +98,7 @@ class Outlet:
             self._begin = self._sealed = 0
             self._tail = LENGTH
             self._limit = LENGTH + PLAINTEXT_MAX
+        return is_empty
 
 
 SPARE_MAX = 8

@@ -7,8 +7,6 @@ serve_single  every other call with a stream of its own
 
 from __future__ import annotations
 
-from collections import Counter
-
 from mycel.protocol.callbook import CallBook
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.limits import CallLimits
@@ -25,8 +23,8 @@ class Server:
 
     def __init__(self, mesh: Mesh, limits: CallLimits) -> None:
         self.shop = Shop(mesh, CallBook(mesh), limits)
-        self._lines: Counter[PeerId] = Counter()
-        self._singles: Counter[PeerId] = Counter()
+        self._lines: dict[PeerId, int] = {}
+        self._singles: dict[PeerId, int] = {}
         self._budgets: dict[PeerId, Budget] = {}
         mesh.take_streams(LINE, self.take_line, access=Access.SUBMIT)
         mesh.take_streams(SINGLE, self.take_single, access=Access.SUBMIT)
@@ -51,11 +49,12 @@ class Server:
             self._end_single(stream.peer)
             self.shop.mesh.disconnect(stream.peer, str(error))
 
-    def _is_too_much(self, counts: Counter[PeerId], peer: PeerId, most: int) -> bool:
+    def _is_too_much(self, counts: dict[PeerId, int], peer: PeerId, most: int) -> bool:
         """Whether one more cannot be served (or nothing can, before `Rpc.run`); counts it if it can."""
-        if self.shop.nursery is None or counts[peer] >= most:
+        count = counts.get(peer, 0)
+        if self.shop.nursery is None or count >= most:
             return True
-        counts[peer] += 1
+        counts[peer] = count + 1
         return False
 
     async def _serve_single(self, stream: Stream, lone: LoneServer) -> None:

@@ -8,7 +8,6 @@ nothing else. Bytes that are no frames end the connection.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import trio
@@ -81,7 +80,7 @@ class LineServer:
             chunk = memoryview(self._tail + bytes(chunk))
         try:
             frames, used = split(chunk, self._shop.limits.shared_bytes)
-            self._tail = bytes(chunk[used:])
+            self._tail = bytes(chunk[used:]) if used < len(chunk) else b""
             for frame in frames:
                 if frame.kind == REQUEST:
                     self._on_request(frame)
@@ -192,8 +191,10 @@ class LineServer:
             pass
 
     def _put(self, data: Any) -> None:
-        with suppress(*STREAM_GONE):  # the receiver above is told as well, and ends the line
+        try:
             self.outlet.put(data)
+        except STREAM_GONE:  # the receiver above is told as well, and ends the line
+            return
 
 
 class LineJob:

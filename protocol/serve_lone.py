@@ -7,12 +7,11 @@ the end of the stream. What did not come so is left to `serve_single`, with the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from mycel.protocol.callbook import Served
 from mycel.protocol.failure import Failure, bad_request, deadline_failure, encode_failure
-from mycel.protocol.frame import ERROR, HEAD_BYTES, REQUEST, Frame, pack, split
+from mycel.protocol.frame import ERROR, HEAD_BYTES, REQUEST, Frame, pack, read_head, read_rest
 from mycel.protocol.mesh import Access, Buffer, PeerId, Stream
 from mycel.protocol.message import MessageError
 from mycel.protocol.method import Call, Kind
@@ -62,13 +61,14 @@ class LoneServer:
         Raises `RemoteProtocolError`.
         """
         first = self.first
-        if len(first) < HEAD_BYTES or int.from_bytes(first[:4], "big") + HEAD_BYTES != len(first):
+        if not HEAD_BYTES <= len(first) <= self._shop.limits.shared_bytes:
             return False
-        if len(first) > self._shop.limits.shared_bytes:
+        head = read_head(first, 0, self._shop.limits.message_bytes)
+        if head[0] + HEAD_BYTES != len(first) or head[1] != REQUEST:
             return False
-        frame = split(memoryview(first), len(first))[0][0]
+        frame = read_rest(head, memoryview(first)[HEAD_BYTES:], True)
         found = self._shop.book.find(frame.name, self._stream.peer)
-        if isinstance(found, Failure) or found[0].method.kind is not Kind.UNARY or frame.kind != REQUEST:
+        if isinstance(found, Failure) or found[0].method.kind is not Kind.UNARY:
             return False
         self._frame = frame
         self._begin(frame, *found)
@@ -87,19 +87,22 @@ class LoneServer:
     async def run(self) -> None:
         """See `workers.Job`."""
         try:
-            with suppress(*STREAM_GONE):
-                await self._send(await self._answer())
-                if not self._has_ended:  # else the stream is over both ways already
-                    await self._stream.aclose()
+            await self._send(await self._answer())
+            if not self._has_ended:  # else the stream is over both ways already
+                await self._stream.aclose()
+        except STREAM_GONE:  # nobody waits for the answer
+            return
         finally:
             self._on_end(self._stream.peer)
 
     def on_cancelled(self) -> None:
         """See `workers.Job`."""
         if not (self.is_lost or self._is_sending):
-            with suppress(*STREAM_GONE):
+            try:
                 if self._stream.try_send(self._refusal(deadline_failure(self._call.method)), end=True):
                     return
+            except STREAM_GONE:  # then this changes nothing either
+                pass
         self._stream.reset()
 
     async def _answer(self) -> list[Buffer]:
@@ -129,7 +132,7 @@ class LoneServer:
     def _on_data(self, chunk: memoryview | None, error: Exception | None) -> None:
         if chunk is not None:
             if self._frame is None:
-                self.first += chunk
+                self.first = self.first + bytes(chunk) if self.first else bytes(chunk)
         elif error is None:
             self._has_ended = True
         else:

@@ -28,7 +28,7 @@ SINGLE = "/mycel/call/1"
 
 def check_size(parts: list[Buffer], message_bytes: int) -> None:
     """Raise `LimitExceeded` for a frame that is too large to send."""
-    total = sum(len(part) for part in parts)
+    total = sum(map(len, parts))
     if total > message_bytes:
         raise LimitExceeded(
             f"a message of {total} bytes, more than message_bytes allows ({message_bytes}); send it in pieces"

@@ -26,6 +26,9 @@ ACK_BACKLOG = 256
 LINGER_S = 10.0
 """How long a peer may leave a stream half open that this side is done with."""
 
+ID_MAX = 0xFFFFFFFF
+"""A stream's id has 32 bits."""
+
 UNANSWERED_MAX = 32
 """Accepted streams whose acknowledgement waits for the first answer to ride on."""
 
@@ -92,8 +95,15 @@ class Session:
 
     def open(self) -> Channel:
         """A new stream; its SYN rides on its first frame. Raises `LimitExceeded` unless `can_open`."""
-        if not self.can_open or self._next_id > 0xFFFFFFFF:
+        channel = self.try_open()
+        if channel is None:
             raise LimitExceeded("no further stream fits this connection; wait for one to end")
+        return channel
+
+    def try_open(self) -> Channel | None:
+        """As `open`; None instead of raising."""
+        if not self.can_open or self._next_id > ID_MAX:
+            return None
         channel = Channel(self, self._next_id, inbound=False, now=self._now)
         self._next_id += 2
         self._channels[channel.id] = channel
@@ -172,6 +182,7 @@ class Session:
             if channel.on_drained is not None:
                 channel.on_drained()
             channel.sink(None, error)
+        channel.let_go()
         if not channel.inbound:
             self._observer.on_slot()
 
@@ -183,8 +194,11 @@ class Session:
             return False
         self.unread -= count
         channel.uncredited -= count
+        return self._make_room(channel, count)
+
+    def _make_room(self, channel: Channel, count: int) -> bool:
         window = channel.window
-        if not window.consumed(count) or channel.fin_received:
+        if not window.consumed(count) or channel.fin_received or channel.id not in self._channels:
             return False
         before = window.size
         most = min(self._limits.stream_window_max, channel.window_max)
@@ -212,42 +226,66 @@ class Session:
         self._now = now
         offset = 0
         size = len(data)
-        while True:
-            if self._body:
-                if offset == size:
+        while offset < size:
+            if not self._body:
+                lacking = HEADER_BYTES - len(self._partial)
+                if lacking > size - offset:
+                    self._partial += bytes(data[offset:])
                     break
-                count = min(self._body, size - offset)
+                if lacking == HEADER_BYTES:
+                    self._on_header(*HEADER.unpack_from(data, offset))
+                else:
+                    header, self._partial = self._partial + bytes(data[offset : offset + lacking]), b""
+                    self._on_header(*HEADER.unpack(header))
+                offset += lacking
+            count = min(self._body, size - offset)
+            if count:
                 self._body -= count
                 self._on_data(data[offset : offset + count], count)
                 offset += count
-                continue
-            if self._partial:
-                lacking = HEADER_BYTES - len(self._partial)
-                self._partial += bytes(data[offset : offset + lacking])
-                offset += lacking
-                if len(self._partial) < HEADER_BYTES:
-                    break
-                header, self._partial = HEADER.unpack(self._partial), b""
-            elif size - offset >= HEADER_BYTES:
-                header = HEADER.unpack_from(data, offset)
-                offset += HEADER_BYTES
-            else:
-                if offset < size:
-                    self._partial = bytes(data[offset:])
-                break
-            version, kind, flags, number, value = header
-            if version != 0 or kind > yamux.GO_AWAY or flags > 15:
-                raise RemoteProtocolError(f"not a yamux frame: version {version}, type {kind}, flags {flags}")
-            if kind > yamux.WINDOW:
-                self._on_connection_frame(kind, flags, number, value)
-            elif number == 0:
-                raise RemoteProtocolError("a yamux frame with data for stream 0")
-            else:
-                self._on_stream_frame(kind, flags, number, value)
         if len(self._unanswered) > UNANSWERED_MAX:
             self._acknowledge()
         if self.egress.swamped:
             raise RemoteProtocolError("the peer makes this side answer faster than it reads")
+
+    def _on_header(self, version: int, kind: int, flags: int, number: int, value: int) -> None:
+        if version != 0 or kind > yamux.GO_AWAY or flags > 15:
+            raise RemoteProtocolError(f"not a yamux frame: version {version}, type {kind}, flags {flags}")
+        if kind > yamux.WINDOW:
+            self._on_connection_frame(kind, flags, number, value)
+            return
+        if number == 0:
+            raise RemoteProtocolError("a yamux frame with data for stream 0")
+        channel = self._accept(number) if flags & yamux.SYN else self._channels.get(number)
+        if kind == yamux.DATA:
+            if value > self._limits.stream_window_max:
+                raise RemoteProtocolError(f"a yamux frame of {value} bytes, more than any window")
+            self._body = value
+            self._body_fin = False
+            self._body_channel = channel
+            if channel is not None and not channel.window.arrived(value, self._now):
+                raise RemoteProtocolError("the peer sent more than the stream's window allows")
+        elif channel is not None:
+            channel.send_window += value
+            if channel.send_window > yamux.SEND_WINDOW_MAX:
+                raise RemoteProtocolError("a yamux send window grew beyond 32 bits")
+            if channel.queued:
+                self.egress.schedule(channel)
+        if flags and channel is not None:
+            self._on_flags(channel, flags)
+
+    def _on_flags(self, channel: Channel, flags: int) -> None:
+        if flags & yamux.ACK and not channel.acknowledged:
+            channel.acknowledged = True
+            self.unacked -= 1
+            self._observer.on_slot()
+        if flags & yamux.RST:
+            self._end(channel, StreamReset("the peer reset the stream"))
+        elif flags & yamux.FIN:
+            if self._body:
+                self._body_fin = True
+            else:
+                self._on_fin(channel)
 
     def _on_connection_frame(self, kind: int, flags: int, number: int, value: int) -> None:
         if number != 0:
@@ -269,39 +307,6 @@ class Session:
             sample = self._now - asked
             self.rtt = sample if self.rtt is None else 0.75 * self.rtt + 0.25 * sample
 
-    def _on_stream_frame(self, kind: int, flags: int, number: int, value: int) -> None:
-        if flags & yamux.SYN:
-            channel = self._accept(number)
-        else:
-            channel = self._channels.get(number)
-        if channel is not None and flags & yamux.ACK and not channel.acknowledged:
-            channel.acknowledged = True
-            self.unacked -= 1
-            self._observer.on_slot()
-        if kind == yamux.DATA:
-            if value > self._limits.stream_window_max:
-                raise RemoteProtocolError(f"a yamux frame of {value} bytes, more than any window")
-            if channel is not None and not channel.window.arrived(value, self._now):
-                raise RemoteProtocolError("the peer sent more than the stream's window allows")
-            self._body = value
-            self._body_channel = channel
-            self._body_fin = bool(flags & yamux.FIN) and channel is not None
-        elif channel is not None:
-            channel.send_window += value
-            if channel.send_window > yamux.SEND_WINDOW_MAX:
-                raise RemoteProtocolError("a yamux send window grew beyond 32 bits")
-            if channel.queued:
-                self.egress.schedule(channel)
-        if not flags or channel is None:
-            return
-        if flags & yamux.RST:
-            self._body_channel = None
-            self._body_fin = False
-            self._end(channel, StreamReset("the peer reset the stream"))
-        elif flags & yamux.FIN and not (kind == yamux.DATA and value):
-            self._body_fin = False
-            self._on_fin(channel)
-
     def _accept(self, number: int) -> Channel | None:
         if number % 2 != self._inbound_parity or number in self._channels:
             raise RemoteProtocolError(f"the peer opened stream {number}, an id that it may not use")
@@ -320,17 +325,18 @@ class Session:
         channel = self._body_channel
         if channel is None or channel.error is not None:
             return
-        channel.uncredited += count
-        self.unread += count
         if channel.fin_received:
             raise RemoteProtocolError("data after the end of a stream")
         if channel.forgotten:
             self.reset(channel, StreamReset("data for a stream that this side is done with"))
-        elif self.unread > self._limits.connection_window_max:
+        elif self.unread + count > self._limits.connection_window_max:
             self.overflowed += 1
             self.reset(channel, LimitExceeded("the peer's streams hold more unread data than their bound"))
         elif channel.sink(data, None):
-            self.credit(channel, count)
+            self._make_room(channel, count)
+        elif channel.id in self._channels:
+            channel.uncredited += count
+            self.unread += count
         if self._body_fin and not self._body:
             self._body_fin = False
             self._on_fin(channel)
