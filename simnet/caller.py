@@ -35,14 +35,7 @@ CALL_S = 10.0
 ECHO = Method("sim.echo", bytes, bytes)
 ASKED_BYTES = 128
 
-# No multicast and no router to ask for ports here: both would leave the simulation.
-CONFIG = replace(
-    Config(home=Path("nowhere"), **PRESETS["wan"]),
-    preset="wan",
-    listen=(LISTEN,),
-    mdns=False,
-    port_mapping=False,
-)
+CONFIG = replace(Config(home=Path("nowhere"), **PRESETS["wan"]), preset="wan", listen=(LISTEN,))
 
 
 class Caller:

@@ -1,4 +1,4 @@
-"""All kinds of NAT with all others in virtual time: what can be direct is, everybody is callable; it replays."""
+"""All kinds of NAT with all others in virtual time: everybody is callable, directly where that can be."""
 
 from __future__ import annotations
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import replace
 from itertools import combinations_with_replacement
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,7 +16,16 @@ from mycel.protocol.address import tcp_addr
 from mycel.protocol.errors import DialError, PipeBroken
 from mycel.simnet.box import CARRIER_NET
 from mycel.simnet.link import LinkOptions
-from mycel.simnet.nat import FIREWALL, KINDS, PORT_RESTRICTED, REJECTING, SYMMETRIC
+from mycel.simnet.nat import (
+    FIREWALL,
+    KINDS,
+    PORT_RESTRICTED,
+    REJECTING,
+    SYMMETRIC,
+    Filter,
+    Mapping,
+    Ports,
+)
 from mycel.simnet.network import SimNetwork
 from mycel.simnet.rawpunch import ECHO_PORTS, echoes, knock, punch, seen_from
 
@@ -325,3 +337,20 @@ def test_boxes_are_told_apart(play):
             scene.net.add_nat("inner", PORT_RESTRICTED, behind=outer)
 
     play(scenario)
+
+
+def test_the_kinds_are_those_that_are_built_from_real_kernels():
+    path = Path(__file__).parents[1] / "netns" / "netlab" / "boxes.py"
+    spec = importlib.util.spec_from_file_location("netlab_boxes", path)
+    real = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = real  # dataclasses look themselves up there
+    spec.loader.exec_module(real)
+    assert [kind.name for kind in real.KINDS] == list(KINDS)
+    filters = {Filter.ANYBODY: "anybody", Filter.ADDRESS: "address", Filter.PORT: "port"}
+    for kind in real.KINDS:
+        for theirs, ours in zip(kind.boxes, KINDS[kind.name], strict=True):
+            assert theirs.filter == filters[ours.filter]
+            assert theirs.is_symmetric == (ours.mapping is Mapping.PER_PORT)
+            assert (not theirs.is_symmetric and theirs.keeps_port) == (ours.ports is Ports.KEPT)
+            for name in ("rejects", "passes_udp", "translates", "hairpin"):
+                assert getattr(theirs, name) == getattr(ours, name), (kind.name, name)
