@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from multiaddr import Multiaddr
 
@@ -38,3 +38,21 @@ def host_of(addr: Multiaddr) -> str:
     if is_circuit(addr):
         return host_of(circuit_of(addr).relay)
     return tcp_of(addr).host
+
+
+def shares_network(ip: str, own: Sequence[str]) -> bool:
+    """Whether a private address `ip` is likely in a network that this machine, with addresses `own`, is in.
+
+    Masks are not known here, so it goes by the sizes that such networks usually have.
+    """
+    there = ip_address(ip)
+    return any(there in network for network in map(_network_of, own) if network.version == there.version)
+
+
+def _network_of(ip: str) -> IPv4Network | IPv6Network:
+    """The network around an address: what a house has, or a carrier, or an overlay such as 100.64/10."""
+    address = ip_address(ip)
+    for block, bits in (("192.168.0.0/16", 24), ("100.64.0.0/10", 10), ("127.0.0.0/8", 8)):
+        if address.version == 4 and address in ip_network(block):
+            return ip_network(f"{ip}/{bits}", strict=False)
+    return ip_network(f"{ip}/{16 if address.version == 4 else 64}", strict=False)

@@ -5,9 +5,13 @@ three sources: its ticket and config (lasting: dialled for ever), what it rememb
 members tell each other (`mycel.node.gather`). Every contact that is not connected is dialled; a failure
 doubles its wait, with a random spread so that the peers of a node that came back do not all knock at once.
 A contact that is not lasting is forgotten after some failures in a row: somebody will tell of it again if
-it lives. A peer that refuses this node is not asked again before the longest wait. One that left in order is
-not dialled at all: it dials when it is back, or somebody tells of it later. (Lasting contacts are: they may
-not be able to dial this node.)
+it lives. One that is heard of at an address that was not known is dialled at once. A peer that refuses this
+node is not asked again before the longest wait. One that left in order is not dialled at all: it dials when
+it is back, or somebody tells of it later. (Lasting contacts are: they may not be able to dial this node.)
+
+Where a peer can be reached changes, with its networks and its relays. While it is connected its own word
+counts, and nothing else: addresses that it does not name any more are dropped. What others say of it is
+hearsay, and added to what was known.
 
 Everything is bounded: contacts, addresses of one, dials at once.
 """
@@ -22,6 +26,8 @@ from mycel.protocol.mesh import PeerId
 
 CONTACTS_MAX = 1024
 ADDRS_MAX = 8
+ADDR_CHARS_MAX = 256
+"""Longest address: a relayed one with a host name has about 200."""
 DIALS_MAX = 16
 FAILURES_MAX = 6
 """Failures in a row after which a contact is forgotten unless it is lasting."""
@@ -46,6 +52,17 @@ class Contact:
     """Why the last dial failed."""
     left_s: float | None = None
     """When it said goodbye, if it did."""
+    given: tuple[str, ...] = ()
+    """Those of its addresses that stand in the ticket or config."""
+    stated: tuple[str, ...] = ()
+    """Where it said itself, when last connected, that it listens."""
+    held_until: float = -math.inf
+    was_refused: bool = False
+
+    @property
+    def current(self) -> tuple[str, ...]:
+        """What others may be told of it: its own word where there is any."""
+        return self.stated or self.addrs
 
 
 class Contacts:
@@ -69,14 +86,27 @@ class Contacts:
         elif contact.left_s is not None and now - contact.left_s > HEARSAY_S:
             contact.left_s, contact.due_s = None, now
         contact.lasting = contact.lasting or lasting
-        known = contact.addrs if not lasting else ()
-        contact.addrs = tuple(dict.fromkeys([*addrs, *known]))[:ADDRS_MAX]
+        heard = [addr for addr in addrs if len(addr) <= ADDR_CHARS_MAX]
+        if lasting:
+            contact.given = contact.addrs = tuple(dict.fromkeys(heard))[:ADDRS_MAX]
+        elif not contact.is_connected or not contact.addrs:
+            if contact.failures and not contact.was_refused and not {*heard} <= {*contact.addrs}:
+                contact.failures, contact.due_s = 0, now
+            contact.addrs = _bounded([*heard, *contact.addrs], contact.given)
+
+    def state(self, peer: PeerId, addrs: Iterable[str]) -> None:
+        """`peer`, which is connected, says itself that it listens on `addrs` and nowhere else."""
+        contact = self._table.get(peer)
+        stated = [addr for addr in addrs if len(addr) <= ADDR_CHARS_MAX]
+        if contact is not None and stated:
+            contact.stated = tuple(stated[:ADDRS_MAX])
+            contact.addrs = _bounded(stated, contact.given)
 
     def hold(self, peer: PeerId, until: float) -> None:
         """Do not dial `peer` before `until`: it was asked to dial this node."""
         contact = self._table.get(peer)
         if contact is not None:
-            contact.due_s = max(contact.due_s, until)
+            contact.held_until = until
 
     def idle(self) -> Sequence[Contact]:
         """Contacts that could be dialled, in the order in which they were learnt of."""
@@ -85,8 +115,8 @@ class Contacts:
     def plan_dials(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays marked until `on_up` or `on_failed`."""
         busy = sum(contact.is_dialling for contact in self._table.values())
-        due = [one for one in self._table.values() if self._is_idle(one) and one.due_s <= now]
-        chosen = sorted(due, key=lambda one: one.due_s)[: max(0, DIALS_MAX - busy)]
+        due = [one for one in self._table.values() if self._is_idle(one) and _due_s(one) <= now]
+        chosen = sorted(due, key=_due_s)[: max(0, DIALS_MAX - busy)]
         for contact in chosen:
             contact.is_dialling = True
         return chosen
@@ -95,7 +125,7 @@ class Contacts:
         """Trio time at which `plan_dials` will have something; infinity when an event must come first."""
         if sum(contact.is_dialling for contact in self._table.values()) >= DIALS_MAX:
             return math.inf
-        return min((one.due_s for one in self._table.values() if self._is_idle(one)), default=math.inf)
+        return min((_due_s(one) for one in self._table.values() if self._is_idle(one)), default=math.inf)
 
     def on_up(self, peer: PeerId) -> None:
         """`peer` is connected, whoever dialled."""
@@ -119,7 +149,7 @@ class Contacts:
             return
         contact.is_dialling = False
         contact.failures += 1
-        contact.trouble = trouble
+        contact.trouble, contact.was_refused = trouble, refused
         if contact.failures >= FAILURES_MAX and not contact.lasting and not contact.is_connected:
             del self._table[peer]
             return
@@ -153,3 +183,13 @@ class Contacts:
             return False
         del self._table[max(idle, key=lambda one: (one.left_s is not None, one.failures, one.peer)).peer]
         return True
+
+
+def _due_s(contact: Contact) -> float:
+    return max(contact.due_s, contact.held_until)
+
+
+def _bounded(addrs: Iterable[str], given: tuple[str, ...]) -> tuple[str, ...]:
+    """`addrs` within the bound; those that were `given` stay in any case, behind the others."""
+    others = [addr for addr in dict.fromkeys(addrs) if addr not in given]
+    return (*others[: ADDRS_MAX - len(given)], *given)

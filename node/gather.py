@@ -20,10 +20,10 @@ import msgspec
 import trio
 from multiaddr import Multiaddr
 
-from mycel.node.contacts import ADDRS_MAX, Contact, Contacts
+from mycel.node.contacts import ADDR_CHARS_MAX, ADDRS_MAX, Contact, Contacts
 from mycel.node.memory import Memory
 from mycel.protocol.address import peer_of
-from mycel.protocol.errors import AddressError, LimitExceeded, MycelError, Refused
+from mycel.protocol.errors import AddressError, DialError, LimitExceeded, MycelError, Refused
 from mycel.protocol.mesh import Access, Mesh, PeerId, PeerUp
 from mycel.protocol.method import Call, Method
 from mycel.protocol.rpc import Rpc
@@ -39,7 +39,7 @@ TOLD_MAX = 256
 """Members named in one reply."""
 REMEMBERED = "contacts"
 
-_Text = Annotated[str, msgspec.Meta(max_length=256)]
+_Text = Annotated[str, msgspec.Meta(max_length=ADDR_CHARS_MAX)]
 
 
 class Told(msgspec.Struct, frozen=True, array_like=True):
@@ -75,6 +75,8 @@ class Gather:
         """Set when a member was met for the first time, or refused this node."""
         self.on_told: Callable[[PeerId, Sequence[PeerId]], None] = lambda teller, members: None
         """Hears which members a member named, before any that is new is dialled."""
+        self.can_lead: Callable[[str], bool] = lambda addr: True
+        """Whether an address that others told may lead anywhere from where this node is."""
         self.refused: Refused | None = None
         """The last refusal by somebody whom this node dialled."""
 
@@ -135,8 +137,11 @@ class Gather:
             self._contacts.on_up(contact.peer)
             self._wake()
             return
+        addrs = [addr for addr in contact.addrs if addr in contact.given or self.can_lead(addr)]
         try:
-            await self._mesh.connect(contact.addrs)
+            if not addrs:
+                raise DialError(f"all its addresses are in another network: {', '.join(contact.addrs)}")
+            await self._mesh.connect(addrs)
             self._contacts.on_up(contact.peer)
         except MycelError as error:
             refused = isinstance(error, Refused)
@@ -184,8 +189,9 @@ class Gather:
         return self._mesh.listen_addrs
 
     def _tell(self, call: Call, request: AskPeers) -> TellPeers:
-        own = Told(self._mesh.peer_id, tuple(str(addr) for addr in self.own_addrs())[:ADDRS_MAX])
-        others = [Told(one.peer, one.addrs) for one in self._contacts.told() if one.addrs]
+        addrs = [text for addr in self.own_addrs() if len(text := str(addr)) <= ADDR_CHARS_MAX]
+        own = Told(self._mesh.peer_id, tuple(addrs[:ADDRS_MAX]))
+        others = [Told(one.peer, one.current) for one in self._contacts.told() if one.current]
         return TellPeers((own, *others[: TOLD_MAX - 1]))
 
     def learn(self, peer: PeerId, addrs: Sequence[str]) -> None:
@@ -207,7 +213,7 @@ class Gather:
             self._contacts.learn(PeerId(told.peer), told.addrs, trio.current_time())
 
     def _remember(self) -> None:
-        known = [[one.peer, one.addrs] for one in self._contacts.told() if one.addrs]
+        known = [[one.peer, one.current] for one in self._contacts.told() if one.current]
         value = json.dumps(known).encode()
         if known and value != self._memory.get(REMEMBERED):
             try:

@@ -26,6 +26,7 @@ from ipaddress import ip_address
 import trio
 from multiaddr import Multiaddr
 
+from mycel.node.addresses import shares_network
 from mycel.node.config import Config
 from mycel.node.contacts import ADDRS_MAX, Contacts
 from mycel.node.gather import Gather
@@ -38,6 +39,7 @@ from mycel.node.reach.upgrade import Upgrader
 from mycel.node.reach.verdict import MEANINGS, Judge, Kind
 from mycel.node.views import IndirectView, ReachView
 from mycel.protocol import echo
+from mycel.protocol.mesh import Access, PeerId
 
 RELAYS = 2
 """Reservations of a node that others cannot call: one relay may die."""
@@ -54,6 +56,7 @@ class Reach:
         self._config = config
         self._network = network
         self._host = host
+        self._contacts = contacts
         self._gather = gather
         self._wake = trio.Event()
         self._epoch = 0
@@ -84,6 +87,8 @@ class Reach:
             if not self.is_local:
                 await nursery.start(self.prober.run)
                 self._gather.on_told = self.prober.on_told
+            self._gather.can_lead = self.can_lead
+            nursery.start_soon(self._follow)
             self._settle()
             task_status.started()
             while True:
@@ -95,7 +100,28 @@ class Reach:
         """Something was found out: decide again. Never blocks."""
         self._wake.set()
 
+    async def _follow(self) -> None:
+        """Where connected peers listen is what they say last: relays come and go."""
+        stated: dict[PeerId, tuple[Multiaddr, ...]] = {}
+        while True:
+            await self._host.links_changed()
+            for peer, info in self._host.peers.items():
+                if stated.get(peer) is not info.listen_addrs and info.access >= Access.SUBMIT:
+                    self._contacts.state(peer, [f"{addr}/p2p/{peer}" for addr in map(str, info.listen_addrs)])
+            stated = {peer: info.listen_addrs for peer, info in self._host.peers.items()}
+
     # Deciding
+
+    def can_lead(self, addr: str) -> bool:
+        """Whether `addr`, told by others, may lead to them from here.
+
+        A private address means something in its own network only; elsewhere it is somebody else's. While
+        nobody outside is in sight this node's whole world is one private network, whatever its parts.
+        """
+        ip = ip_of(addr)
+        if not ip or is_outside(ip) or not self._judge.is_outside:
+            return True
+        return shares_network(ip, [*map(ip_of, self._host.bound_addrs)])
 
     def _settle(self) -> None:
         """What follows from what is known."""

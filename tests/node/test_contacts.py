@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mycel.node.contacts import ADDRS_MAX, CONTACTS_MAX, DIALS_MAX, FAILURES_MAX, Contacts
+from mycel.node.contacts import ADDR_CHARS_MAX, ADDRS_MAX, CONTACTS_MAX, DIALS_MAX, FAILURES_MAX, Contacts
 from mycel.protocol.mesh import PeerId
 
 ME, A, B = PeerId("me"), PeerId("a"), PeerId("b")
@@ -204,3 +204,72 @@ def test_contacts_that_left_make_room_first() -> None:
             assert one.peer != B
             contacts.on_up(one.peer)
     assert len(contacts.told()) == CONTACTS_MAX
+
+
+def test_a_connected_peers_own_word_replaces_what_others_said() -> None:
+    contacts = table()
+    contacts.learn(A, ["/old", "/older"], 0.0)
+    contacts.on_up(A)
+    contacts.state(A, ["/relayed", "/direct"])
+    contacts.learn(A, ["/old"], 1.0)
+    (contact,) = contacts.told()
+    assert contact.addrs == contact.current == ("/relayed", "/direct")
+    contacts.state(A, ["/direct"])
+    assert contacts.told()[0].addrs == ("/direct",)
+    contacts.on_down(A, 2.0)
+    contacts.learn(A, ["/new"], 3.0)
+    assert [one.addrs for one in contacts.plan_dials(9.0)] == [("/new", "/direct")]
+
+
+def test_addresses_that_were_given_stay_but_are_not_told_to_others() -> None:
+    contacts = table()
+    contacts.learn(A, ["/ticket"], 0.0, lasting=True)
+    contacts.on_up(A)
+    contacts.state(A, [f"/{i}" for i in range(2 * ADDRS_MAX)])
+    (contact,) = contacts.told()
+    assert contact.current == tuple(f"/{i}" for i in range(ADDRS_MAX))
+    assert contact.addrs == (*(f"/{i}" for i in range(ADDRS_MAX - 1)), "/ticket")
+    contacts.on_down(A, 1.0)
+    contacts.learn(A, [f"/new{i}" for i in range(ADDRS_MAX)], 1.0)
+    assert contacts.idle()[0].addrs[-1] == "/ticket"
+
+
+def test_a_new_address_is_tried_at_once_whatever_failed_before() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0)
+    for _ in range(3):
+        contacts.plan_dials(contacts.next_s())
+        fail(contacts, A, 10.0)
+    assert contacts.next_s() > 10.0
+    contacts.learn(A, ["/x"], 10.5)
+    assert contacts.next_s() > 10.5
+    contacts.learn(A, ["/y"], 10.5)
+    assert contacts.next_s() == 10.5
+
+
+def test_a_new_address_does_not_soften_a_refusal() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0)
+    contacts.plan_dials(0.0)
+    fail(contacts, A, 0.0, refused=True)
+    contacts.learn(A, ["/y"], 1.0)
+    assert contacts.next_s() == 8.0
+
+
+def test_a_contact_on_hold_waits_and_is_then_dialled() -> None:
+    contacts = table()
+    contacts.learn(A, ["/x"], 0.0)
+    contacts.hold(A, 3.0)
+    contacts.learn(A, ["/y"], 1.0)
+    assert contacts.plan_dials(2.9) == []
+    assert contacts.next_s() == 3.0
+    assert [one.peer for one in contacts.plan_dials(3.0)] == [A]
+
+
+def test_endless_addresses_are_left_out() -> None:
+    contacts = table()
+    contacts.learn(A, ["/" + "x" * ADDR_CHARS_MAX, "/y"], 0.0)
+    contacts.on_up(A)
+    assert contacts.told()[0].addrs == ("/y",)
+    contacts.state(A, ["/" + "x" * ADDR_CHARS_MAX])
+    assert contacts.told()[0].current == ("/y",)

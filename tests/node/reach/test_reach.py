@@ -369,3 +369,33 @@ def test_a_firewalled_node_waits_for_a_call_only_for_the_grace(town):
         assert probe.GRACE_S < found < probe.GRACE_S + 3
 
     town(scenario)
+
+
+def test_homes_of_others_are_not_dialled_at_their_private_addresses(town):
+    """192.168.1.2 is somebody in this house, wherever else there is one too."""
+
+    async def scenario(t):
+        await t.found()
+        await t.join("second")
+        one = await t.join("one", "symmetric")
+        other = await t.join("other", "symmetric", listen=("/ip4/0.0.0.0/tcp/4002",))
+        assert any("/192.168.1." in addr for addr in addrs(other))
+        assert one.reach.can_lead("/ip4/192.168.1.77/tcp/1")
+        assert not one.reach.can_lead("/ip4/192.168.2.77/tcp/1")
+        assert not one.reach.can_lead("/ip4/10.0.0.1/tcp/1")
+        assert one.reach.can_lead("/ip4/11.0.0.1/tcp/1")
+        await t.until(lambda: other.host.peer_id in one.host.peers, 30)
+        assert one.host.peers[other.host.peer_id].path is PathKind.RELAYED
+
+    town(scenario)
+
+
+def test_while_nobody_outside_is_in_sight_every_private_address_may_lead(town):
+    async def scenario(t):
+        machines = t.net.add_site("house", "port", homes=2)
+        node = await t.found_on(machines[0])
+        await t.settle(machines[1])
+        await trio.sleep(5)
+        assert node.reach.can_lead("/ip4/10.3.0.1/tcp/1")
+
+    town(scenario)
