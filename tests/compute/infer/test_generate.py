@@ -389,3 +389,28 @@ async def test_one_node_alone_serves_itself(
         pieces, report = await pieces_of(owner, request_of())
         assert ids(pieces) == reference(llama, PROMPT, 24)
         assert [(stage.peer, stage.span) for stage in report.route] == [(owner.peer, Span(0, 4))]
+
+
+async def test_a_peer_may_have_several_stages_of_a_session(
+    autojump_clock: Any, swarm: Any, llama: Path, reference: Any
+) -> None:
+    """Layers 0:1 and 2:4 on one peer, the second beside the first; then next to each other on one."""
+    async with swarm() as s:
+        owner, middle = await s.stages(llama, [1, 2])
+        both = await s.add()
+        await both.serve(llama, 0, 1)
+        await both.serve(llama, 2, 4)
+        await s.see(owner, 3)
+        pieces, report = await pieces_of(owner, request_of())
+        assert ids(pieces) == reference(llama, PROMPT, 24)
+        assert [stage.peer for stage in report.route] == [both.peer, middle.peer, both.peer]
+        rows = len(PROMPT) + 24 - 1
+        assert both.stages.counters(report.session).rows_computed == 2 * rows
+        middle.kill()
+        await both.serve(llama, 1, 2)
+        await s.see(owner, 3)
+        pieces, report = await pieces_of(owner, request_of())
+        assert ids(pieces) == reference(llama, PROMPT, 24)
+        assert [stage.peer for stage in report.route] == [both.peer] * 3
+        await trio.sleep(1)
+        assert owner.open_sessions == both.open_sessions == 0
