@@ -4,6 +4,10 @@ The wire is `mycel.protocol.dcutr`. Where the peer tells a public address of its
 as the specification asks. Else both dial and accept on a fresh port; the port's address comes from an echo of
 a member, or is the port itself at the address where others see this node.
 
+Who dials in the handshake is the caller's part, but not everybody keeps to it: js-libp2p dials where it was
+called, too, and a socket may end at a port where the peer just listens. So both parts listen first, the
+caller for a moment, the called for longer, and speak where they hear nothing.
+
 A stranger's addresses are its own word. `may_dial` says which of them are worth a packet; where none is, this
 node tells its own addresses, accepts and dials nobody.
 """
@@ -32,6 +36,11 @@ from mycel.protocol.network import Network, Pipe
 from mycel.protocol.punch import PunchFailed
 
 log = logging.getLogger("mycel.reach")
+
+CALLER_S = 0.5
+"""How long the dialer by right lets the other end speak first: a packet's way over half the world, twice."""
+CALLED_S = 2.0
+"""How long the other one waits for it: the same, and the dialer's own patience."""
 
 MayDial = Callable[[PeerId, Multiaddr], bool]
 """Whether an address that a foreign peer names may be dialled."""
@@ -219,7 +228,8 @@ class Work:
 
         async def shake(pipe: Pipe) -> None:
             with suppress(MycelError), trio.move_on_after(self._limits.settle_s):
-                await self._owner.host.adopt(pipe, expected=peer, dialer=not self._called)
+                heard = await _is_heard(pipe, CALLED_S if self._called else CALLER_S)
+                await self._owner.host.adopt(pipe, expected=peer, dialer=not heard)
 
         with self._way:
             await trio.sleep_until(action.at_s)
@@ -227,6 +237,19 @@ class Work:
             with trio.move_on_after(self._limits.window_s):
                 await Meeting(doorstep, self._owner.network, shake, self._limits).run(targets)
             await send.send(partial(upgrade.on_failed, "nobody was met", trio.current_time()))
+
+
+async def _is_heard(pipe: Pipe, seconds: float) -> bool:
+    """Whether the other end speaks first. Raises `PipeBroken`; a cancelled wait ends the pipe."""
+    heard = False
+    try:
+        with trio.move_on_after(seconds):
+            await pipe.wait_readable()
+            heard = True
+    except BaseException:  # why: whoever gives up a socket resets it; raised again
+        pipe.reset()
+        raise
+    return heard
 
 
 def _break_off(error: RemoteProtocolError) -> Actions:

@@ -1,6 +1,7 @@
 // A js-libp2p node for the interop tests. It listens and prints {"listen": ADDR}; then it obeys one JSON command a
 // line on its standard input ({"dial": ADDR}, {"addrs": true}, {"quit": true}) and prints one JSON answer a line.
-// Its argument is JSON: {"listen": [ADDR, ...]} instead of a port on loopback, {"relay": true} to relay for others.
+// Its argument is JSON: {"listen": [ADDR, ...]} instead of a port on loopback, {"relay": true} to relay for
+// others, {"dcutr": true} to turn relayed connections into direct ones.
 
 // libp2p 3 uses Promise.withResolvers, which node has from version 22 on.
 Promise.withResolvers ??= function () {
@@ -21,6 +22,7 @@ const { yamux } = await import('@chainsafe/libp2p-yamux')
 const { identify } = await import('@libp2p/identify')
 const { ping } = await import('@libp2p/ping')
 const { circuitRelayServer, circuitRelayTransport } = await import('@libp2p/circuit-relay-v2')
+const { dcutr } = await import('@libp2p/dcutr')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
 const ECHO = '/mycel-test/echo/1'
@@ -32,7 +34,12 @@ const node = await createLibp2p({
   transports: [tcp(), webSockets(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
-  services: { identify: identify(), ping: ping(), ...(options.relay && { relay: circuitRelayServer() }) },
+  services: {
+    identify: identify(),
+    ping: ping(),
+    ...(options.relay && { relay: circuitRelayServer() }),
+    ...(options.dcutr && { dcutr: dcutr() })
+  },
   connectionGater: { denyDialMultiaddr: () => false }
 })
 
