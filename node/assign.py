@@ -4,6 +4,7 @@ Unless its owner turned it off, a node looks at the models that the swarm runs a
 
 - **takes** layers of each that it can find on this machine: in the folders that its config names, or on the
   hub if that was allowed. A model is the same one only if its fingerprint is;
+- **moves**: gives up layers that others hold too, for such as nobody holds, unless its owner named them;
 - **rescues** layers of a model that it serves already: when their last holder is gone, the survivors that
   have memory left take them beside their own (`mycel.compute.infer.rescue` says who takes which).
 
@@ -19,7 +20,7 @@ import trio
 
 from mycel.compute.engine import ModelCard, Span
 from mycel.compute.infer.generate import Generator
-from mycel.compute.infer.rescue import ROOM_KEY, Vigil, plan_rescue, read_rooms
+from mycel.compute.infer.rescue import ROOM_KEY, Vigil, moves_before, plan_rescue, read_rooms
 from mycel.compute.infer.route import missing_layers
 from mycel.compute.infer.served import UNBOUNDED, read_holdings
 from mycel.node.config import Config
@@ -32,6 +33,8 @@ log = logging.getLogger("mycel.node")
 
 LOOK_S = 0.5
 """Between two looks at what the swarm needs: news come in bursts."""
+MOVE_S = 2.0
+"""Between two peers that might move: the second sees what the first does."""
 
 
 class Assigner:
@@ -48,12 +51,15 @@ class Assigner:
         self._not_before: dict[str, float] = {}  # models that could not be taken, by fingerprint
         self._no_rescue_before = 0.0
         self._vigils: dict[str, Vigil] = {}
+        self._needless_since: dict[str, float] = {}  # this node's layers of a model
         self._room: int | None = None
 
     async def run(self) -> None:
         """Take what is needed, until cancelled."""
         while True:
             for status in self._generator.models():
+                if self._is_to_move(status.card):
+                    await self._give_up(status.card)
                 await self._take(status.card)
                 await self._rescue(status.card)
             await self._wait_news()
@@ -66,8 +72,9 @@ class Assigner:
                 self._tell_room()
                 await trio.sleep(LOOK_S)
                 # Every vigil looks, whatever the others find.
-                shares = [self._share(status.card) for status in self._generator.models()]
-                if any(share is not None for share in shares) or known != self._known():
+                cards = [status.card for status in self._generator.models()]
+                needs = [self._share(card) is not None or self._is_to_move(card) for card in cards]
+                if any(needs) or known != self._known():
                     return
 
     def _known(self) -> list[tuple[str, object]]:
@@ -88,6 +95,24 @@ class Assigner:
             await self._lender.lend(Lent(card.name, str(folder or card.name), None), card.fingerprint)
         except FAILURES as error:
             log.warning("no layers of %s are taken: %s", card.name, error)
+
+    def _is_to_move(self, card: ModelCard) -> bool:
+        """Whether this node's layers of a model are needless for long enough, while others are missing."""
+        now, own = trio.current_time(), self._own(card)
+        before = moves_before(card, read_holdings(self._board, card.fingerprint), self._me)
+        if before is None or own is None or own.span is not None or not self._config.rescue_s:
+            self._needless_since.pop(card.fingerprint, None)
+            return False
+        since = self._needless_since.setdefault(card.fingerprint, now)
+        return now - since >= self._config.rescue_s + before * MOVE_S
+
+    async def _give_up(self, card: ModelCard) -> None:
+        own = self._own(card)
+        assert own is not None
+        log.warning("others hold the same layers of %s, and some are missing: choosing anew", card.name)
+        await self._lender.drop(own)
+        self._needless_since.pop(card.fingerprint, None)
+        self._not_before.pop(card.fingerprint, None)
 
     # --- a further one
 

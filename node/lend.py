@@ -148,6 +148,12 @@ class Lender:
         log.info("serving layers %d:%d of %s", lent.info.span.start, lent.info.span.end, lent.model)
         return lent
 
+    async def drop(self, lent: Lent) -> None:
+        """Lend these layers no more."""
+        if lent.info is not None:
+            await self._stages.drop(lent.info, self._config.leave_s)
+            self.lent.remove(lent)
+
     def _place(self, model: str) -> str:
         path = Path(model).expanduser()
         return str((path.absolute() if path.is_dir() else self.find(model)) or model)

@@ -10,6 +10,10 @@ Views differ for moments, so a share is claimed before it is loaded, and settled
 
 Nothing is taken before a while has passed (`Vigil`): who was only cut off for a moment, or is replaced by a
 newcomer, comes sooner than layers load. A model that was never whole is left to those who are about to come.
+
+But peers that came at the same moment, before they knew each other, may have taken the same layers. Then
+those that are not needed where they are move (`moves_before`): they drop what they have and choose anew, the
+highest id first, the others later and only if something is missing still.
 """
 
 from __future__ import annotations
@@ -80,6 +84,18 @@ def plan_rescue(
     return None
 
 
+def moves_before(card: ModelCard, holdings: Sequence[Holding], me: PeerId) -> int | None:
+    """How many peers should choose other layers before `me` does; None where it should not.
+
+    It should where layers are missing and all of its own are held by others as well.
+    """
+    taken = [held for held in holdings if held.state != "leaving"]
+    if not missing_layers(card.n_layers, taken) or not _is_redundant(taken, me):
+        return None
+    peers = sorted({held.peer for held in taken if held.peer > me})
+    return sum(_is_redundant(taken, peer) for peer in peers)
+
+
 def weight_bytes(card: ModelCard, span: Span) -> int:
     """What loading `span` takes at most."""
     edges = card.edge_bytes if span.start == 0 or span.end == card.n_layers else 0
@@ -100,6 +116,15 @@ def _fitting(card: ModelCard, span: Span, room: int) -> int:
     """How many layers of `span`, from its beginning, fit into `room` bytes."""
     sizes = range(span.end - span.start, 0, -1)
     return next((n for n in sizes if weight_bytes(card, Span(span.start, span.start + n)) <= room), 0)
+
+
+def _is_redundant(holdings: Sequence[Holding], peer: PeerId) -> bool:
+    own = [held.span for held in holdings if held.peer == peer]
+    others = [held for held in holdings if held.peer != peer and held.state != "claiming"]
+    layers = [layer for span in own for layer in range(span.start, span.end)]
+    return bool(own) and all(
+        any(held.span.start <= layer < held.span.end for held in others) for layer in layers
+    )
 
 
 def _counts(held: Holding, me: PeerId) -> bool:

@@ -125,6 +125,17 @@ class StageServer:
         for served in leaving:
             self._remove(served)
 
+    async def drop(self, info: StageInfo, grace_s: float) -> None:
+        """Give up one stage, after its sessions moved (at most `grace_s`)."""
+        for served in list(self._served):
+            stage = served.stage
+            if stage is not None and stage.info is info:
+                served.begin_leaving()
+                with trio.move_on_after(grace_s):
+                    while stage.sessions:
+                        await stage.changed.wait()
+                self._remove(served)
+
     @property
     def stages(self) -> list[Stage]:
         """Stages that are loaded."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from mycel.compute.infer import served
 from mycel.compute.infer.request import GenerateRequest, LayersMissing
 from mycel.node import lend
 from mycel.node.running import Node
@@ -119,3 +120,33 @@ async def test_without_room_or_leave_the_missing_layers_are_named(
         with pytest.raises(LayersMissing, match="layers 1:3 of tiny"):
             await generate(owner, 200, 60, scopes[1].cancel)
         assert holders(owner) == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_of_two_with_the_same_layers_one_moves_to_those_that_are_missing(
+    make_node: NodeMaker,
+    ticket_of: TicketOf,
+    wait_until: WaitUntil,
+    byte_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: bool,
+) -> None:
+    """They came at the same moment: neither saw the other's claim. Layers that an owner named stay."""
+    monkeypatch.setattr(served, "CLAIM_S", 0.0)
+    settings = {"assign": True, "stages": 2, "models": str(byte_model.parent)}
+    first_serves = f"{byte_model}@0:2" if named else str(byte_model)
+    async with AsyncExitStack() as stack:
+        owner = await stack.enter_async_context(make_node("owner"))
+        with monkeypatch.context() as blind:  # nobody sees anybody's facts
+            blind.setattr(served, "read_holdings", lambda *_, **__: [])
+            first = await stack.enter_async_context(
+                make_node("a", ticket=ticket_of(owner), serve=first_serves, **settings)
+            )
+            second = await stack.enter_async_context(
+                make_node("b", ticket=ticket_of(owner), serve=str(byte_model), **settings)
+            )
+            await wait_until(lambda: spans(first) == [(0, 2)] == spans(second))
+        await wait_until(lambda: bool(owner.models()) and owner.models()[0].complete)
+        assert sorted(spans(first) + spans(second)) == [(0, 2), (2, 4)]
+        assert not named or spans(first) == [(0, 2)]
+        assert await generate(owner, 12, 0, lambda: None)

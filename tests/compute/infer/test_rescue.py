@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mycel.compute.engine import ModelCard, Span
 from mycel.compute.infer.placement import Holding
-from mycel.compute.infer.rescue import ROOM_KEY, Vigil, plan_rescue, read_rooms, weight_bytes
+from mycel.compute.infer.rescue import ROOM_KEY, Vigil, moves_before, plan_rescue, read_rooms, weight_bytes
 from mycel.compute.infer.route import missing_layers
 from mycel.protocol.board import Fact
 from mycel.protocol.mesh import PeerId
@@ -74,6 +74,17 @@ def test_a_leaving_peer_holds_nothing_any_more() -> None:
     holdings = [held(A, 0, 1), held(B, 1, 2, "leaving")]
     assert plan_rescue(card(2), holdings, {A: 10**6, B: 10**6}, A) == Span(1, 2)
     assert plan_rescue(card(2), holdings, {A: 10**6, B: 10**6}, B) is None
+
+
+def test_who_holds_what_others_hold_moves_where_layers_are_missing_the_highest_id_first() -> None:
+    holdings = [held(A, 0, 2), held(B, 0, 2), held(C, 0, 2), held(D, 4, 6)]
+    assert [moves_before(card(6), holdings, peer) for peer in (A, B, C, D)] == [2, 1, 0, None]
+    assert moves_before(card(6), [*holdings, held(PeerId("e"), 2, 4)], C) is None  # nothing is missing
+    assert moves_before(card(6), [*holdings, held(PeerId("e"), 2, 4, "claiming")], C) is None
+    parts = [held(A, 0, 1), held(B, 1, 2), held(C, 0, 2)]
+    assert [moves_before(card(3), parts, peer) for peer in (A, B, C)] == [2, 1, 0]
+    assert moves_before(card(3), [held(A, 0, 2), held(B, 0, 2, "leaving")], A) is None
+    assert moves_before(card(3), [held(A, 0, 2), held(B, 0, 2, "claiming")], A) is None
 
 
 PEERS = [PeerId(f"p{index}") for index in range(6)]
