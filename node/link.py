@@ -33,7 +33,7 @@ from mycel.protocol.errors import (
 )
 from mycel.protocol.keys import PublicKey
 from mycel.protocol.mesh import PeerId, StreamHandler
-from mycel.protocol.network import Pipe
+from mycel.protocol.network import Pipe, PushingPipe
 
 RECEIVE_BYTES = 512 * 1024
 """What one wake-up takes from the pipe at most."""
@@ -55,9 +55,8 @@ class Link:
         now = trio.current_time()
         self._owner = owner
         self._pipe = pipe
-        self._connection = Connection(
-            owner.setup, self, expected=expected, dialer=dialer, ephemeral=ephemeral
-        )
+        setup = owner.setup.nested() if is_circuit(pipe.remote) else owner.setup
+        self._connection = Connection(setup, self, expected=expected, dialer=dialer, ephemeral=ephemeral)
         self._keepalive = Keepalive(owner.limits, now)
         self._corked = False
         self._blocked = False
@@ -142,6 +141,8 @@ class Link:
         buffer = self._owner.receive_buffer
         pipe = self._pipe
         self.flush()
+        if isinstance(pipe, PushingPipe):
+            pipe.push_to(self._receive)
         try:
             while True:
                 count = pipe.try_recv_into(buffer)

@@ -26,6 +26,7 @@ from mycel.protocol.errors import (
     StreamReset,
 )
 from mycel.protocol.mesh import Buffer, PeerId
+from mycel.protocol.yamux import Pool
 
 if TYPE_CHECKING:
     from mycel.node.link import Link
@@ -69,7 +70,7 @@ class HostStream:
         self._error: MycelError | None = None
         self._asks: multistream.Dialer | None = None
         self.on_room: Callable[[], None] | None = None
-        """Called when what `offer` kept went out, or never will: offer more, without flushing."""
+        """Called when what `offer` kept went out, or never will, from within a flush: only take note."""
         self.peer = peer
         self.protocol = protocol
         channel.sink = self._take
@@ -134,12 +135,20 @@ class HostStream:
         """Send as many leading bytes of `data` as there is room for, and one piece more that waits for it.
 
         Returns how many were taken, 0 while that piece waits; then `on_room` is called. For those who copy
-        between streams or carry a connection: nothing waits, and little is held. Raises as `send` does.
+        between streams or carry a connection: nothing waits, and little is held. Without `flush` the last of
+        it may wait for the caller's `flush`. Raises as `send` does.
         """
-        taken = self._channel.offer(data)
+        taken = self._channel.offer(data, keep=False)
+        if taken < len(data):
+            self._link.flush()
+            taken += self._channel.offer(data[taken:])
         if flush:
             self._link.flush()
         return taken
+
+    def flush(self) -> None:
+        """Send now what `offer` took."""
+        self._link.flush()
 
     @property
     def has_room(self) -> bool:
@@ -155,9 +164,10 @@ class HostStream:
         """This side is done: see to it that the peer does not leave the stream half open for long."""
         self._channel.linger()
 
-    def bound_window(self, count: int) -> None:
-        """Let the receive window grow to `count` bytes at most."""
+    def bound_window(self, count: int, pool: Pool) -> None:
+        """Let the receive window grow to `count` bytes at most, and only by what `pool` has left."""
         self._channel.window_max = count
+        self._channel.window_pool = pool
 
     def _abort_send(self, _: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
         self._sender = None

@@ -59,6 +59,7 @@ class Channel:
         "uncredited",
         "window",
         "window_max",
+        "window_pool",
     )
 
     def __init__(self, session: Session, number: int, *, inbound: bool, now: float) -> None:
@@ -76,7 +77,9 @@ class Channel:
         self.send_window = yamux.INITIAL_WINDOW
         self.window = yamux.ReceiveWindow(now)
         self.window_max = yamux.SEND_WINDOW_MAX
-        """What the receive window may grow to, within the limits of the connection."""
+        """What the receive window may grow to, within the limits of the connection..."""
+        self.window_pool: yamux.Pool | None = None
+        """...and what it takes its growth from, until the stream ends."""
         self.uncredited = 0
         """Bytes that arrived and were not dealt with yet."""
         self.queued = 0
@@ -122,10 +125,11 @@ class Channel:
         self.prefix = b""
         return True
 
-    def offer(self, data: memoryview) -> int:
+    def offer(self, data: memoryview, *, keep: bool = True) -> int:
         """Take as many leading bytes of `data` as there is room for, and a copy of `OFFER_BYTES` more.
 
-        While such a copy waits nothing is taken (0); `on_drained` is called when it went out.
+        While such a copy waits nothing is taken (0); `on_drained` is called when it went out. Without `keep`
+        none is made.
         """
         self.check_writable()
         if self.queued:
@@ -136,6 +140,8 @@ class Channel:
             least = min(size - taken, FRAGMENT_MIN)
             count = 0 if self.queued else min(size - taken, self.send_window, self._egress.room(least))
             if count < least:
+                if not keep:
+                    break
                 piece = bytes(data[taken : taken + OFFER_BYTES])
                 self._push(memoryview(piece), len(piece))
                 return taken + len(piece)

@@ -14,7 +14,7 @@ grows without a bound from `Limits`.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mycel.protocol import multistream, noise, yamux
@@ -22,7 +22,7 @@ from mycel.protocol.errors import ConnectionLost, LocalProtocolError, Refused, R
 from mycel.protocol.keys import PublicKey
 from mycel.protocol.limits import Limits
 from mycel.protocol.mesh import PeerId
-from mycel.protocol.sealed import Opener, Outlet
+from mycel.protocol.sealed import NESTED_PLAINTEXT_MAX, PLAINTEXT_MAX, Opener, Outlet
 from mycel.protocol.session import Observer as SessionObserver
 from mycel.protocol.session import Session
 
@@ -54,6 +54,12 @@ class Setup:
     limits: Limits
     spare: list[bytearray]
     """Output buffers for reuse."""
+    message_max: int = PLAINTEXT_MAX
+    """Plaintext of one Noise message."""
+
+    def nested(self) -> Setup:
+        """The same for connections within a stream of another one."""
+        return replace(self, message_max=NESTED_PLAINTEXT_MAX)
 
 
 class Connection:
@@ -178,7 +184,7 @@ class Connection:
         if self._expected is not None and remote.peer_id != self._expected:
             raise Refused(f"expected peer {self._expected}, found {remote.peer_id}", reason="identity")
         send_key, receive_key = self._noise.keys()
-        self._outlet = Outlet(send_key, self._setup.spare)
+        self._outlet = Outlet(send_key, self._setup.spare, self._setup.message_max)
         self._opener = Opener(receive_key)
         offered = self._noise.muxers
         if offered:

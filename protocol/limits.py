@@ -246,8 +246,9 @@ class RelayLimits:
     """Life of a reservation; libp2p's custom. It ends at once when its peer goes."""
 
     circuits: int = 256
-    """Circuits at once, all peers together. One holds 1 MiB at the very most (two directions of one window
-    that nobody empties, and a piece on its way), so all hold 256 MiB, and next to nothing in good times."""
+    """Circuits at once, all peers together. One holds 640 KiB at the very most (in each direction a window
+    that nobody empties, and a piece on its way), so all hold 160 MiB and `window_pool`; in good times next
+    to nothing."""
 
     circuits_per_peer: int = 64
     """Circuits of which one peer is an end: a swarm of as many that talks to a peer behind a NAT."""
@@ -271,8 +272,11 @@ class RelayLimits:
     stranger_circuit_bytes: int = 16 * MIB
     """...and bytes in each direction. go-libp2p gives 128 KiB and 2 minutes."""
 
-    window: int = 448 * KIB
-    """What a receive window of a circuit may grow to at the relay: 4 MB/s at 100 ms."""
+    window: int = 4 * MIB
+    """What a receive window of a circuit may grow to at the relay: 40 MB/s at 100 ms..."""
+
+    window_pool: int = 64 * MIB
+    """...as long as the growth of all of them together stays within this."""
 
     pending: int = 128
     """Circuits in the making at once, at a relay or at a peer that is reached through one."""

@@ -11,8 +11,8 @@ the simulated one), `Network.wall()` the calendar. Randomness that may show on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from multiaddr import Multiaddr
 
@@ -56,6 +56,18 @@ class Pipe(Protocol):
 
     def reset(self) -> None:
         """Close at once (TCP RST): the other end sees `PipeBroken`. Never blocks, never raises."""
+
+
+@runtime_checkable
+class PushingPipe(Pipe, Protocol):
+    """A pipe that can hand over what arrives at once, without a task that reads.
+
+    For a pipe within another connection, whose reader has the bytes at hand.
+    """
+
+    def push_to(self, receiver: Callable[[memoryview], None]) -> None:
+        """From now on call `receiver` with what arrives (writable, valid during the call), and now with what
+        has arrived. The pipe's end and its loss still show in `try_recv_into`."""
 
 
 class Listener(Protocol):

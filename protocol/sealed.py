@@ -21,6 +21,10 @@ TAG = 16
 CIPHERTEXT_MAX = 65535
 PLAINTEXT_MAX = CIPHERTEXT_MAX - TAG
 MESSAGES = 4
+NESTED_PLAINTEXT_MAX = PLAINTEXT_MAX - TAG - LENGTH - 12
+"""Plaintext of a message that just fills a yamux frame which just fills a message: for a connection that runs
+within a stream of another one, so that each of its messages is one frame and one message all the way."""
+
 CAPACITY = MESSAGES * (LENGTH + CIPHERTEXT_MAX)
 """Bytes of an output buffer: what one `send` hands to the pipe at most."""
 
@@ -35,10 +39,23 @@ class Outlet:
     and its plaintext is [sealed + 2 : tail).
     """
 
-    __slots__ = ("_begin", "_buffer", "_cipher", "_limit", "_nonce", "_sealed", "_spare", "_tail", "_view")
+    __slots__ = (
+        "_begin",
+        "_buffer",
+        "_cipher",
+        "_limit",
+        "_most",
+        "_nonce",
+        "_sealed",
+        "_spare",
+        "_tail",
+        "_view",
+    )
 
-    def __init__(self, key: bytes, spare: list[bytearray]) -> None:
-        """`spare` is a stock of buffers of `CAPACITY` bytes, shared by the connections of one node."""
+    def __init__(self, key: bytes, spare: list[bytearray], most: int = PLAINTEXT_MAX) -> None:
+        """`spare` is a stock of buffers of `CAPACITY` bytes, shared by the connections of one node; `most` is
+        the plaintext of one message."""
+        self._most = most
         self._cipher = ChaCha20Poly1305(key)
         self._nonce = 0
         self._spare = spare
@@ -46,7 +63,7 @@ class Outlet:
         self._view = memoryview(b"")
         self._begin = self._sealed = 0
         self._tail = LENGTH
-        self._limit = LENGTH + PLAINTEXT_MAX
+        self._limit = LENGTH + most
 
     def room(self) -> int:
         """Plaintext bytes that still fit into the open message (0: none, and no further message fits)."""
@@ -80,7 +97,7 @@ class Outlet:
         _SIZE.pack_into(view, self._sealed, end - start)
         self._sealed = end
         self._tail = end + LENGTH
-        self._limit = max(min(self._tail + PLAINTEXT_MAX, CAPACITY - TAG), self._tail)
+        self._limit = max(min(self._tail + self._most, CAPACITY - TAG), self._tail)
 
     def outgoing(self) -> memoryview:
         """Sealed bytes that wait for the pipe."""
@@ -97,7 +114,7 @@ class Outlet:
             self._buffer = None
             self._begin = self._sealed = 0
             self._tail = LENGTH
-            self._limit = LENGTH + PLAINTEXT_MAX
+            self._limit = LENGTH + self._most
         return is_empty
 
 

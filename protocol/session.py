@@ -175,7 +175,10 @@ class Session:
                 self.unacked -= 1
         self.unread -= channel.uncredited
         channel.uncredited = 0
-        self._grown -= channel.window.size - yamux.INITIAL_WINDOW
+        grown = channel.window.size - yamux.INITIAL_WINDOW
+        self._grown -= grown
+        if channel.window_pool is not None:
+            channel.window_pool.left += grown
         if error is not None:
             channel.error = error
             channel.drop_queue()
@@ -203,8 +206,13 @@ class Session:
         before = window.size
         most = min(self._limits.stream_window_max, channel.window_max)
         spare = min(self._limits.connection_window_max - self._grown, most - before)
+        pool = channel.window_pool
+        if pool is not None:
+            spare = min(spare, pool.left)
         delta = window.grant(self._now, self.rtt, self.learned, max(spare, 0))
         self._grown += window.size - before
+        if pool is not None:
+            pool.left -= window.size - before
         self.learned = max(self.learned, window.size)
         flags, channel.flags = channel.flags, 0
         self.egress.short(yamux.WINDOW, flags, channel.id, delta)

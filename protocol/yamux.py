@@ -53,6 +53,15 @@ RTT_GUESS_S = 0.1
 """Stands in before the first ping came back."""
 
 
+class Pool:
+    """Bytes that several windows together may grow by."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+
 class ReceiveWindow:
     """What a peer may send on one stream, and when to let it send more."""
 

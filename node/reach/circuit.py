@@ -2,12 +2,14 @@
 
 The connection core asks of a pipe that nothing in it waits, so bytes come out of the stream's `deliver_to`
 and go in by its `offer`. What has arrived and was not read is not credited, so a reader who pauses stops the
-writer at the far end of the circuit, through the relay.
+writer at the far end of the circuit, through the relay. A link reads by `push_to`: it deals with what arrives
+where it lies, in the reader of the connection below.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import trio
 from multiaddr import Multiaddr
@@ -31,6 +33,7 @@ class StreamPipe:
         self._broken = ""
         self._reader: trio.lowlevel.Task | None = None
         self._writer: trio.lowlevel.Task | None = None
+        self._push: Callable[[memoryview], None] | None = None
         self._since = trio.current_time()
         self._count = 0
         self.local = local
@@ -97,6 +100,15 @@ class StreamPipe:
         self._stream.credit(count)
         return count
 
+    def push_to(self, receiver: Callable[[memoryview], None]) -> None:
+        """See `PushingPipe.push_to`."""
+        while self._held:
+            piece = self._held.popleft()
+            self._count += len(piece)
+            receiver(memoryview(bytearray(piece)))
+            self._stream.credit(len(piece))
+        self._push = receiver
+
     async def wait_readable(self) -> None:
         """See `Pipe.wait_readable`."""
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -117,6 +129,11 @@ class StreamPipe:
             trio.lowlevel.reschedule(task)
 
     def _take(self, data: memoryview | None, error: Exception | None) -> None:
+        if data is not None and self._push is not None:
+            self._count += len(data)
+            self._push(data if not data.readonly else memoryview(bytearray(data)))
+            self._stream.credit(len(data))
+            return
         if data is not None:
             self._held.append(memoryview(bytes(data)))
         elif error is None:

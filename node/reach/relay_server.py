@@ -39,7 +39,7 @@ class RelayServer:
         self._host = host
         self._limits = limits
         self._book: Book | None = None
-        self._splicer = Splicer(limits.window)
+        self._splicer = Splicer(limits.window, limits.window_pool)
         self._nursery: trio.Nursery | None = None
         self._pending = 0
         self._settled = trio.lowlevel.ParkingLot()

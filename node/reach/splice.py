@@ -21,17 +21,23 @@ from mycel.protocol.alarm import Alarm
 from mycel.protocol.errors import MycelError
 from mycel.protocol.rate import Bucket
 from mycel.protocol.relay import Limit
+from mycel.protocol.yamux import Pool
+
+LARGE_BYTES = 8 * 1024
+"""Pieces from this size on are flushed together with those behind them; smaller ones at once."""
 
 
 class Splicer:
     """The copying of one relay. Call `run` in a nursery."""
 
-    def __init__(self, window: int) -> None:
-        """`window`: bytes that a receive window of a circuit may grow to."""
+    def __init__(self, window: int, pool: int) -> None:
+        """`window`: bytes that a receive window of a circuit may grow to; `pool`: by which all may grow."""
         self._window = window
+        self._pool = Pool(pool)
         self._alarm = Alarm()
         self._numbers = 0
         self._ready: dict[int, Flow] = {}
+        self._unsent: dict[int, HostStream] = {}
         self._task: trio.lowlevel.Task | None = None
         self.forwarded = 0
         """Bytes, over all circuits."""
@@ -41,12 +47,15 @@ class Splicer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._alarm.run)
             while True:
-                if not self._ready:
+                if not self._ready and not self._unsent:
                     self._task = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._abort)
                 ready, self._ready = self._ready, {}
                 for flow in ready.values():
                     flow.go_on()
+                unsent, self._unsent = self._unsent, {}
+                for stream in unsent.values():
+                    stream.flush()
                 await trio.lowlevel.checkpoint()
 
     def _abort(self, _: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
@@ -59,12 +68,20 @@ class Splicer:
         if limit.seconds:
             self.at(trio.current_time() + limit.seconds, splice)
         for flow in splice.flows:
-            flow.start(self._window)
+            flow.start(self._window, self._pool)
         return splice
 
     def wake(self, flow: Flow) -> None:
         """`flow` can go on."""
         self._ready[flow.number] = flow
+        self._wake()
+
+    def flush_soon(self, flow: Flow, sink: HostStream) -> None:
+        """Flush `sink`, once for all that is forwarded before this relay's task runs."""
+        self._unsent[flow.number] = sink
+        self._wake()
+
+    def _wake(self) -> None:
         task, self._task = self._task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
@@ -78,6 +95,7 @@ class Splicer:
         self._alarm.clear(waiter)
         if isinstance(waiter, Flow):
             self._ready.pop(waiter.number, None)
+            self._unsent.pop(waiter.number, None)
 
     def number(self) -> int:
         """A fresh number."""
@@ -167,10 +185,10 @@ class Flow:
         self.is_settled = True
         self.number = splicer.number()
 
-    def start(self, window: int) -> None:
+    def start(self, window: int, pool: Pool) -> None:
         """Take what comes from the source from now on."""
         self._sink.on_room = self._on_room
-        self._source.bound_window(window)
+        self._source.bound_window(window, pool)
         self._source.deliver_to(self._take, credit=False)
 
     def expire(self) -> None:
@@ -223,10 +241,12 @@ class Flow:
 
     def _forward(self, data: memoryview) -> int:
         try:
-            taken = self._sink.offer(data)
+            taken = self._sink.offer(data, flush=len(data) < LARGE_BYTES)
         except MycelError as error:
             self._splice.cut(f"{self._sink.peer}: {error}")
             return 0
+        if len(data) >= LARGE_BYTES:
+            self._splicer.flush_soon(self, self._sink)
         for bucket in self._splice.buckets:
             bucket.spend(taken)
         self._splicer.forwarded += taken
