@@ -217,8 +217,9 @@ class Flow:
     # -- on the way --------------------------------------------------------------------------------------
 
     def _set_out(self, kind: str, pieces: list[bytes], size: int, seconds: float) -> None:
-        rng = self._internet.rng
-        late = sum(extra_delay(link, 2 * self._latency, rng) for link in self._path.links)
+        late = 0.0
+        for link in self._path.links:
+            late += extra_delay(link, 2 * self._latency, self._internet.rng)
         first = max(trio.current_time() + self._latency + late, self._last_first)
         self._last_first = first
         if self._downlink.bytes_per_s == math.inf:

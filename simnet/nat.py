@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mycel.simnet.conntrack import State, Track, may_reopen
@@ -151,7 +151,7 @@ class Translator:
         outside = self._send(packet, now)
         if outside is None:
             return None
-        packet = replace(packet, source=outside)
+        packet = packet._replace(source=outside)
         return self._receive(packet, now, from_inside=True) if turns else Ruling(packet, inwards=False)
 
     def inward(self, packet: Packet, now: float) -> Ruling | None:
@@ -203,7 +203,7 @@ class Translator:
             return self._refuse(packet, inwards=from_inside)
         owner = self._owners[track.outside]
         owner.expires = max(owner.expires, track.expires)
-        return Ruling(replace(packet, target=track.inside), inwards=True)
+        return Ruling(packet._replace(target=track.inside), inwards=True)
 
     def _refuse(self, packet: Packet, *, inwards: bool) -> Ruling | None:
         """A packet that belongs to nothing here. `inwards`: where its sender is."""

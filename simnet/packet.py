@@ -7,8 +7,7 @@ packet names the connection end that sent it, and the one that it answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mycel.simnet.tcp import Opening
@@ -19,8 +18,7 @@ Address = tuple[str, int]
 SYN, SYN_ACK, ACK, DATA, FIN, RST = "syn", "syn-ack", "ack", "data", "fin", "rst"
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
+class Packet(NamedTuple):
     """A TCP segment under way. Boxes rewrite its addresses and nothing else."""
 
     kind: str

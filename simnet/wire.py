@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mycel.simnet.box import Box, Lan
 from mycel.simnet.link import Downlink, LinkOptions, Uplink
@@ -49,8 +49,7 @@ class Trip:
         return self.turned or bool(self.climbed or self.descended)
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
+class Path(NamedTuple):
     """What a flow needs to know of its way."""
 
     latency_s: float
@@ -139,9 +138,12 @@ class Wire:
     def paths(self, trip: Trip, near: Opening, far: Opening) -> tuple[Path, Path]:
         """The way of `trip`, which led from `near` to `far`, and the way back."""
         a, b = near.machine, far.machine
-        if a is b and not trip.has_boxes:
-            there = Path(trip.seconds, a.inside, a.inside_down, (a.link,))
-            return there, there
+        if not trip.has_boxes:
+            if a is b:
+                inner = Path(trip.seconds, a.inside, a.inside_down, (a.link,))
+                return inner, inner
+            there = Path(trip.seconds, a.uplink, b.downlink, (a.link,))
+            return there, Path(trip.seconds, b.uplink, a.downlink, (b.link,))
         return (
             self._path(trip, (a, *trip.climbed), (b, *trip.descended), Crossing(self, near, far)),
             self._path(trip, (b, *trip.descended), (a, *trip.climbed), Crossing(self, far, near)),
@@ -155,7 +157,7 @@ class Wire:
             min((station.uplink for station in up), key=lambda line: line.bytes_per_s),
             min((station.downlink for station in down), key=lambda line: line.bytes_per_s),
             tuple(station.link for station in up),
-            crossing if trip.has_boxes else None,
+            crossing,
         )
 
     def walk(self, packet: Packet, origin: Machine) -> tuple[Machine, Packet] | None:
