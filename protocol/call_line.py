@@ -116,11 +116,12 @@ class Line:
         data = self._encode(number, method, request, deadline)
         if self.lost is not None:
             raise ConnectionLost(f"the line to {self.peer} is gone: {self.lost}", reason="reset")
-        pending = Pending(self, number, method, len(data))
         try:
             self._outlet.put(data)
         except StreamReset as error:
             raise lost(error, self.peer, method.name) from error
+        # From here on the request is under way, and this side's work costs the caller no time.
+        pending = Pending(self, number, method, len(data))
         self._pending[number] = pending
         self._held += pending.size
         if until < math.inf:

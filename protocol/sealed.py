@@ -70,7 +70,7 @@ class Outlet:
         return self._limit - self._tail
 
     def make_room(self, count: int) -> bool:
-        """Whether `count` bytes fit into the open message, or into the next one, which then is the open one."""
+        """Whether `count` bytes fit into the open message; it is closed where only the next may have room."""
         if self._tail + count > self._limit:
             self.seal()
         return self._tail + count <= self._limit
