@@ -33,7 +33,9 @@ BYTES_MIN = 1 << 20
 BLOCK_FEATURES_MIN = 32
 """Output features of a block, at least."""
 BLOCKS_PER_THREAD = (8, 4, 2, 1)
-"""How many blocks, times threads; the first that divides the layer and gives the same bits is taken."""
+"""How many blocks for each thread, best first."""
+TRIES = 4
+"""How many ways of cutting a layer are tried for the same bits."""
 
 
 class BlockUse:
@@ -129,13 +131,21 @@ def use_blocks(model: nn.Module) -> BlockUse:
     return use
 
 
+def block_counts(features: int, threads: int) -> list[int]:
+    """In how many equal blocks `features` can be cut for `threads`, best first: as many for each thread, else
+    so many that it matters little if some thread has one less.
+    """
+    even = [threads * each for each in BLOCKS_PER_THREAD]
+    uneven = range(even[0], threads, -1)
+    found = dict.fromkeys((*even, *uneven))
+    return [n for n in found if features % n == 0 and features // n >= BLOCK_FEATURES_MIN]
+
+
 def _turn(module: Any, use: BlockUse, rows: torch.Tensor) -> None:
     """Make an `nn.Linear` a `BlockLinear` if `rows` come out the same."""
     expected = [module(row) for row in rows]
     module.__class__, module.use = BlockLinear, use
-    for count in [use.most * each for each in BLOCKS_PER_THREAD]:
-        if module.out_features % count or module.out_features // count < BLOCK_FEATURES_MIN:
-            continue
+    for count in block_counts(module.out_features, use.most)[:TRIES]:
         module.cut(count)
         if _is_same(module, rows, expected):
             return

@@ -12,7 +12,7 @@ from torch import nn
 
 from mycel.compute.engine import Span, StageSpec, Work
 from mycel.compute.model import blocks, stage
-from mycel.compute.model.blocks import BlockLinear, use_blocks
+from mycel.compute.model.blocks import BlockLinear, block_counts, use_blocks
 from mycel.compute.model.load import load_stage
 from mycel.compute.model.stage import Stage
 from mycel.compute.model.threads import ThreadChoice
@@ -116,6 +116,14 @@ def test_a_layer_whose_bits_would_differ_stays_as_it_is(monkeypatch: pytest.Monk
     monkeypatch.undo()
     use_blocks(model)
     assert [type(module) for module in model] == [BlockLinear, BlockLinear, nn.Linear]
+
+
+def test_blocks_are_even_for_the_threads_where_they_can_be() -> None:
+    assert block_counts(4096, 2)[:4] == [16, 8, 4, 2]
+    assert block_counts(4096, 6) == [32, 16, 8]
+    assert block_counts(11008, 12)[:2] == [86, 64]
+    assert block_counts(768, 16)[0] == 16  # blocks of 48
+    assert block_counts(4099, 4) == []  # a prime
 
 
 def test_one_thread_needs_no_blocks() -> None:
