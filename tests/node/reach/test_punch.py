@@ -9,9 +9,12 @@ import trio
 from multiaddr import Multiaddr
 
 from mycel.node.reach.echo import Echo
+from mycel.node.reach.exchange import send_all
 from mycel.node.reach.punch import Puncher
+from mycel.protocol import echo as wire
 from mycel.protocol import punch
 from mycel.protocol.address import endpoint_of, tcp_addr
+from mycel.protocol.errors import PipeBroken
 from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS
 from mycel.protocol.mesh import Access, PathKind
 from mycel.protocol.punch import PunchFailed
@@ -38,8 +41,11 @@ class Scene:
         self.punchers = punchers
         self.carrier = None
 
-    async def carry(self):
-        """A relayed connection from a to b."""
+    async def carry(self, through=None):
+        """A relayed connection from a to b; `through` a host, it really goes there, else it just says so."""
+        if through is not None:
+            await self.carry_through(through)
+            return
         listener = await self.world.networks["b"].listen(Multiaddr("/ip4/0.0.0.0/tcp/9"))
         at = tcp_addr(self.world.net.machines["b"].ips[0], 9)
         near = await self.world.networks["a"].dial(at)
@@ -50,6 +56,23 @@ class Scene:
             for host, pipe, peer, dialer in ((self.a, near, self.b, True), (self.b, far, self.a, False)):
                 nursery.start_soon(self._adopt, host, Carried(pipe, self.relay), peer.peer_id, dialer)
 
+    async def carry_through(self, relay):
+        """Byte by byte over a third machine."""
+        world = self.world
+        listener = await world.networks["r"].listen(Multiaddr("/ip4/0.0.0.0/tcp/9"))
+        at = tcp_addr(world.net.machines["r"].ips[0], 9)
+        near = await world.networks["a"].dial(at)
+        near_end = await listener.accept()
+        far = await world.networks["b"].dial(at)
+        far_end = await listener.accept()
+        listener.close()
+        world.nursery.start_soon(pump, near_end, far_end)
+        world.nursery.start_soon(pump, far_end, near_end)
+        self.carrier = near
+        async with trio.open_nursery() as nursery:
+            for host, pipe, peer, dialer in ((self.a, near, self.b, True), (self.b, far, self.a, False)):
+                nursery.start_soon(self._adopt, host, Carried(pipe, relay), peer.peer_id, dialer)
+
     async def _adopt(self, host, pipe, peer, dialer):
         await host.adopt(pipe, expected=peer, dialer=dialer)
 
@@ -57,12 +80,32 @@ class Scene:
         return self.a.peers[self.b.peer_id].path, self.b.peers[self.a.peer_id].path
 
 
+async def pump(source, target):
+    """Carry bytes until either end is gone."""
+    buffer = bytearray(65536)
+    try:
+        while (count := source.try_recv_into(buffer)) != 0:
+            if count is None:
+                await source.wait_readable()
+            else:
+                await send_all(target, bytes(buffer[:count]))
+    except PipeBroken:
+        pass
+    target.close()
+
+
 DIRECT = PathKind.DIRECT, PathKind.DIRECT
 RELAYED = PathKind.RELAYED, PathKind.RELAYED
 
 
-async def scene(world, *, serve=True, **options):
-    hosts = [await world.host(name, **options) for name in ("a", "b", "r")]
+IPS = {"a": "11.7.0.1", "b": "11.7.0.2", "r": "11.7.0.3"}
+
+
+async def scene(world, *, serve=True, ipv6=False, **options):
+    hosts = []
+    for name, ip in IPS.items():
+        ips = (ip, f"2a0a:ffff::7:{len(hosts)}") if ipv6 else (ip,)
+        hosts.append(await world.host(name, add={"ips": ips}, **options))
     echoes = []
     for host, name in zip(hosts, "abr", strict=True):
         echoes.append(Echo(host, world.networks[name]))
@@ -316,6 +359,68 @@ def test_a_peer_that_lies_about_its_addresses_is_dialled_at_most_there(play):
             await s.punchers[0].punch(s.b.peer_id)
         assert caught.value.reason == "deadline"
         assert world.networks["a"].contacted()[before:] == (third.ips[0],)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_echo_that_lies_costs_the_direct_connection_and_nothing_else(play, monkeypatch, symmetric):
+    """It says, with a good proof, that everybody is a third machine, at one port or at two."""
+
+    async def scenario(world):
+        s = await scene(world)
+        third = world.net.add("third")
+        right = wire.answer
+
+        def lie(question, key, index, seen):
+            return right(question, key, index, tcp_addr(third.ips[0], 4001 + index * symmetric))
+
+        monkeypatch.setattr(wire, "answer", lie)
+        began = trio.current_time()
+        with pytest.raises(PunchFailed) as caught:
+            await s.punchers[0].punch(s.b.peer_id)
+        assert caught.value.reason == ("impossible" if symmetric else "failed")
+        assert trio.current_time() - began < (1 if symmetric else 5)
+        assert s.path() == RELAYED
+        monkeypatch.setattr(wire, "answer", right)
+        await s.punchers[0].punch(s.b.peer_id)
+
+    play(scenario)
+
+
+def test_ipv6_is_direct_whatever_the_nats_of_ipv4(play, monkeypatch):
+    async def scenario(world):
+        s = await scene(world, ipv6=True)
+        right = wire.answer
+
+        def symmetric(question, key, index, seen):
+            return right(question, key, index, tcp_addr("11.7.0.9", 4001 + index))
+
+        monkeypatch.setattr(wire, "answer", symmetric)
+        await s.punchers[0].punch(s.b.peer_id)
+        assert endpoint_of(s.a.peers[s.b.peer_id].addr).host == "2a0a:ffff::7:1"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("delay_s", [0.2, 0.5])
+def test_a_relay_that_delays_costs_time_and_nothing_else(play, delay_s):
+    async def scenario(world):
+        s = await scene(world)
+        for name in "ab":
+            world.net.set_latency(world.net.machines[name], world.net.machines["r"], delay_s)
+        for host in (s.a, s.b):
+            host.disconnect(s.relay.peer_id, "to come back over a slow line")
+            host.disconnect(s.b.peer_id if host is s.a else s.a.peer_id, "to come back over a slow line")
+        await trio.sleep(5)
+        for host in (s.a, s.b):
+            await world.connect(host, s.relay)
+        await trio.sleep(5)
+        await s.carry(through=s.relay)
+        began = trio.current_time()
+        await s.punchers[0].punch(s.b.peer_id)
+        assert s.path()[0] is PathKind.DIRECT
+        assert trio.current_time() - began < 12 * delay_s
 
     play(scenario)
 
