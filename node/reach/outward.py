@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address
 
 from multiaddr import Multiaddr
 
@@ -88,3 +88,11 @@ def ip_of(addr: Multiaddr | str) -> str:
 def is_outside(ip: str) -> bool:
     """Whether `ip` is an address of the internet at large, as opposed to a private network's."""
     return bool(ip) and ip_address(ip).is_global
+
+
+def place_of(ip: str) -> str:
+    """Where on the internet an address is: an IPv4 address itself, of an IPv6 one the network of its house.
+
+    Routers give a house a /64, in which machines choose addresses, and choose anew every day.
+    """
+    return str(IPv6Network(f"{ip}/64", strict=False)) if ":" in ip else ip

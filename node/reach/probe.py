@@ -17,7 +17,6 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from ipaddress import IPv6Address
 
 import trio
 from multiaddr import Multiaddr
@@ -26,7 +25,7 @@ from mycel.node.contacts import Contacts
 from mycel.node.host import Host
 from mycel.node.reach.dialback import DialBack
 from mycel.node.reach.echo import Echo, EchoFailed
-from mycel.node.reach.outward import Outward, ip_of, is_outside
+from mycel.node.reach.outward import Outward, ip_of, is_outside, place_of
 from mycel.node.reach.verdict import Judge
 from mycel.protocol import dialback, echo
 from mycel.protocol.address import endpoint_of, tcp_addr
@@ -165,12 +164,12 @@ class Prober:
         """
         if not is_outside(ip) or ip == self._judge.ip:
             return False
-        return ip not in self._own and (":" not in ip or _net(ip) not in map(_net, self._own))
+        return place_of(ip) not in map(place_of, self._own)
 
     def _look(self, now: float) -> None:
         judge = self._judge
         self._bound = list(self._host.bound_addrs)
-        self._own = [ip_of(addr) for addr in self._bound]
+        self._own = [ip for addr in self._bound if (ip := ip_of(addr))]
         moved = judge.here(self._bound)
         outside = self._outside_peers()
         observed = self._host.observed_addrs
@@ -297,11 +296,6 @@ class Prober:
             self._note_knock(peer, ip, addrs, outcome)
         log.debug("%s was asked to call: %s", peer, outcome.addr or outcome.why)
         self._wake.set()
-
-
-def _net(ip: str) -> bytes:
-    """The network that an IPv6 address is in, as hosts get it from their router; nothing for IPv4."""
-    return IPv6Address(ip).packed[:8] if ":" in ip else b""
 
 
 def _port(addr: Multiaddr) -> int:

@@ -11,7 +11,8 @@ What they find out ends in three decisions, made in `_settle` and nowhere else: 
 others, how many relays are wanted, and what this node does for others.
 
 - A public node wants no relays, answers echoes, and relays where `relay = auto`.
-- Where nobody outside is in sight (a swarm in one house) there are no relays to want and nothing to ask.
+- Where nobody outside is in sight (a swarm in one house) there is nothing to ask, and no relay is wanted but
+  those that the config names.
 - Any other node keeps two relays. One that has a public address itself waits a moment before, for a call.
 
 A node that listens on loopback only (preset local) sends no probe and opens no port.
@@ -59,7 +60,7 @@ class Reach:
         self._contacts = contacts
         self._gather = gather
         self._wake = trio.Event()
-        self._epoch = 0
+        self._here: tuple[object, ...] = ()
         self._mapped: list[Multiaddr] = []
         self._judge = Judge()
         self.verdict = self._judge.verdict()
@@ -134,13 +135,16 @@ class Reach:
             self.prober.echo.stop()
         self.circuits.want(self._relays_wanted())
         self._host.announce(self._told())
-        if self._judge.epoch != self._epoch:
-            self._epoch = self._judge.epoch
+        here = (self._judge.epoch, *self._host.bound_addrs)
+        if here != self._here:
+            self._here = here
             self.upgrade.network_changed()
 
     def _relays_wanted(self) -> int:
-        if self.is_local or self.verdict.kind in (Kind.PUBLIC, Kind.LOCAL):
+        if self.is_local or self.verdict.kind is Kind.PUBLIC:
             return 0
+        if self.verdict.kind is Kind.LOCAL:
+            return RELAYS if self._config.relays else 0
         return 0 if self._host.bound_addrs and self.prober.is_waiting else RELAYS
 
     def forwarded(self) -> list[Multiaddr]:

@@ -16,8 +16,8 @@ One peer can lie. How this node is seen goes by the majority of those who say so
 outvoted is named in the evidence. That somebody connected is seen with this node's own eyes and needs no
 vote. Where this node is seen over both IP versions the verdict is about IPv4, which more peers can dial.
 
-`Judge.here` is told the listening addresses; when they change, or the majority sees this node elsewhere,
-everything found out before is forgotten and `epoch` grows.
+`Judge.here` is told the listening addresses; when the public ones among them change, or the majority sees
+this node elsewhere, everything found out before is forgotten and `epoch` grows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from multiaddr import Multiaddr
 
-from mycel.node.reach.outward import ip_of, is_outside
+from mycel.node.reach.outward import ip_of, is_outside, place_of
 from mycel.protocol.echo import Mapped
 from mycel.protocol.mesh import PeerId
 
@@ -94,15 +94,20 @@ class Judge:
     # Findings
 
     def here(self, bound: Sequence[Multiaddr]) -> bool:
-        """This node listens on `bound` now. True where that is news: then all else is forgotten."""
-        if tuple(bound) == self._bound:
-            return False
+        """This node listens on `bound` now. True where its place on the internet is another: then all else is
+        forgotten. Private addresses that come and go, as with containers, and IPv6 addresses that change
+        within their network, are no such news.
+        """
         is_first = not self._bound
-        self._bound = tuple(bound)
-        if is_first:
+        before, self._bound = self._places(), tuple(bound)
+        if is_first or before == self._places():
             return False
         self._forget()
         return True
+
+    def _places(self) -> list[str]:
+        places = [place_of(ip) for ip in self._own_ips if is_outside(ip)]
+        return sorted(dict.fromkeys(places))
 
     def reported(self, reports: Mapping[PeerId, str]) -> bool:
         """`reports` is at which IP address each connected outside peer sees this node ("" where not known).

@@ -9,11 +9,15 @@ import pytest
 import trio
 
 from mycel.commands.swarm import _reach_rows
+from mycel.node.host import Host
 from mycel.node.reach import probe
+from mycel.node.reach.relay_server import RelayServer
 from mycel.node.reach.verdict import Kind
 from mycel.protocol import echo
 from mycel.protocol.address import is_circuit, tcp_addr
+from mycel.protocol.keys import OwnKey
 from mycel.protocol.mesh import PathKind
+from mycel.simnet.network import SimNetwork
 
 VERDICTS = {
     "open": Kind.PUBLIC,
@@ -397,5 +401,26 @@ def test_while_nobody_outside_is_in_sight_every_private_address_may_lead(town):
         await t.settle(machines[1])
         await trio.sleep(5)
         assert node.reach.can_lead("/ip4/10.3.0.1/tcp/1")
+
+    town(scenario)
+
+
+def test_a_founder_at_home_is_joined_through_a_relay_outside_the_swarm(town):
+    """Nobody of the swarm is public: a relay that the owner names carries the first connections."""
+
+    async def scenario(t):
+        network = SimNetwork(t.net.add("hub"))
+        hub = Host(network, OwnKey(network.entropy(32)), listen=["/ip4/0.0.0.0/tcp/4001"])
+        relay = RelayServer(hub)
+        await t.nursery.start(hub.run)
+        await t.nursery.start(relay.run)
+        relay.serve(True)
+        relays = (str(hub.listen_addrs[0]),)
+        founder = await t.found(kind="port", relays=relays)
+        await t.until(lambda: founder.reach.circuits.relays, 10)
+        assert kind(founder) is not Kind.PUBLIC
+        guest = await t.join("guest", "carrier", relays=relays)
+        assert founder.host.peer_id in guest.host.peers
+        await t.until(lambda: guest.host.peers[founder.host.peer_id].path is PathKind.DIRECT, 20)
 
     town(scenario)

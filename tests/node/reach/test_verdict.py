@@ -182,6 +182,20 @@ def test_new_listening_addresses_void_everything():
     assert not one.here([tcp_addr("11.0.0.2", 4001)])
 
 
+def test_private_addresses_and_those_within_one_ipv6_network_come_and_go():
+    one = judge(OUT, HOME, "2a0a:1::5")
+    one.reported({A: OUT})
+    one.called(B, "11.0.0.7")
+    for ips in (
+        (OUT, HOME, "172.17.0.1", "2a0a:1::5"),
+        (OUT, "2a0a:1::99"),
+        (OUT, HOME, "2a0a:1::5", "2a0a:1::6"),
+    ):
+        assert not one.here([tcp_addr(ip, 4001) for ip in ips])
+    assert one.verdict().kind is Kind.PUBLIC
+    assert one.here([tcp_addr(ip, 4001) for ip in (OUT, "2a0a:1:0:1::5")])
+
+
 def test_the_first_addresses_are_no_change():
     assert not Judge().here([tcp_addr(OUT, 1)])
 
