@@ -41,7 +41,7 @@ async def main(role: str, relay: str = "") -> None:
             client = RelayClient(host, relays=[relay])
             await nursery.start(client.run)
             client.want(1)
-            while not client.addrs:
+            while not client.addrs:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             said["relayed"] = f"{client.addrs[0]}/p2p/{host.peer_id}"
         print(json.dumps(said), flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from mycel.protocol import varint
 from mycel.protocol.errors import RemoteProtocolError
@@ -48,9 +48,10 @@ def open_sealed(raw: bytes, kind: Kind) -> tuple[PublicKey, bytes]:
     """
     try:
         envelope = record_pb2.Envelope.FromString(raw)
-    except DecodeError as error:
+        signer = envelope.public_key.SerializeToString()
+    except (DecodeError, EncodeError) as error:  # the latter where the key lacks a field
         raise RemoteProtocolError(f"not a signed {kind.name}: {error}") from None
-    key = PublicKey(envelope.public_key.SerializeToString())
+    key = PublicKey(signer)
     if envelope.payload_type != kind.payload_type:
         raise RemoteProtocolError(f"an envelope that holds no {kind.name}")
     if not key.verify(_signed(kind, envelope.payload), envelope.signature):
