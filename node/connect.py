@@ -89,11 +89,17 @@ class Connector:
             return wanted
         try:
             direct_first = sorted(addrs, key=is_circuit)
-            link = await Race(direct_first, self._attempt, self._stagger, _not_needed).run()
+            link = await Race(direct_first, self._attempt, self._stagger, self._spare).run()
         except DialError:
             self._host.counters.dials_failed += 1
             raise
         return await self.settle(link)
+
+    def _spare(self, link: Link) -> None:
+        """A dial brought a link that nobody waits for any more. Of several, peering gives up all but one."""
+        peering = self._roster.get(link.peer)
+        if peering is None or len(peering.links) < 2:
+            link.end("closed", "the dial was given up")
 
     async def _attempt(self, addr: Multiaddr) -> Link:
         """Connect to one address, up to a proven peer."""
@@ -122,10 +128,6 @@ class Connector:
             link.end("closed", "the dial was given up")
             raise
         return link
-
-
-def _not_needed(link: Link) -> None:
-    link.end("closed", "another address of this peer answered first")
 
 
 def _as_dial_error(lost: ConnectionLost) -> MycelError:

@@ -1,9 +1,11 @@
 """Everything about one connected peer: its links, its role, and which link new streams take.
 
 Two nodes that dial each other at the same time get two connections; both must give up the same one. Of
-links in different directions made at about the same time the one dialed by the smaller peer id stays; of
-others the newest stays, for a peer that dials again has lost the old one. A direct link stays before any
-relayed one. The loser is drained, not cut:
+links in different directions made at about the same time the one dialed by the smaller peer id stays. Of
+links that one side made at about the same time, by dialing several addresses, the first stays; since the two
+ends may have seen them open in different orders, the dialer alone gives up the others. Later on the newest
+stays, for a peer that dials again has lost the old one. A direct link stays before any relayed one. The
+loser is drained, not cut:
 each side says go-away, serves what is open, and closes once both said so and no stream is left, or when
 `Limits.drain_s` is over: long-lived streams see `ConnectionLost` then and are opened anew on the other link.
 """
@@ -45,10 +47,18 @@ def choose(links: Sequence[Made], own: PeerId, peer: PeerId) -> int:
         if older.is_relayed != newer.is_relayed:
             best = index if older.is_relayed else best
             continue
-        again = older.dialer == newer.dialer or newer.since - older.since > SIMULTANEOUS_S
-        if again or newer.dialer == (own < peer):
-            best = index
+        if newer.since - older.since <= SIMULTANEOUS_S:
+            better = older.dialer != newer.dialer and newer.dialer == (own < peer)
+        else:
+            better = True
+        best = index if better else best
     return best
+
+
+def is_theirs_to_choose(one: Made, other: Made) -> bool:
+    """Whether the peer made both links by dialing several addresses at once: it gives one up."""
+    at_once = abs(one.since - other.since) <= SIMULTANEOUS_S
+    return at_once and not one.dialer and not other.dialer and one.is_relayed == other.is_relayed
 
 
 class Peering:
@@ -70,7 +80,7 @@ class Peering:
         self.links.append(link)
         keep = self.links[choose(self.links, self._own, self.peer)]
         for other in self.links:
-            if other is not keep and not other.superseded:
+            if other is not keep and not other.superseded and not is_theirs_to_choose(keep, other):
                 other.superseded = True
                 other.drain(link.since + link.limits.drain_s)
 
