@@ -176,8 +176,8 @@ async def _callable(player: Voice, is_public: bool) -> None:
     with trio.move_on_after(READY_S):
         while True:
             told = await player.ask("told")
-            relayed = any("/p2p-circuit" in addr for addr in told["addrs"])
-            if relayed != is_public and (told["kind"] == "public") == is_public:
+            is_relayed = any("/p2p-circuit" in addr for addr in told["addrs"])
+            if told["kind"] == "public" if is_public else is_relayed:
                 return
             await trio.sleep(POLL_S)
     raise PlayerFailed(f"{player.name} is not callable after {READY_S:g} s: {told}; see {player.log}")
