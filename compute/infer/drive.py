@@ -151,10 +151,21 @@ class Drive:
         return troubles
 
     async def _ask_all(self) -> Verdict:
-        """Ask all stages what they do, twice when all seem idle."""
+        """Ask all stages what they do, twice when all seem idle, or when several that are connected do not
+        answer: rather than they all, this node may have stood still, or its line.
+        """
         timing = self.session.timing
+        believed = False
         while True:
             statuses = await each([partial(self._contact.ask, s) for s in self.session.route])
+            silent = [
+                stage.peer
+                for stage, status in zip(self.session.route, statuses, strict=True)
+                if isinstance(status, MycelError) and not self._contact.is_gone(stage.peer)
+            ]
+            if len(dict.fromkeys(silent)) > 1 and not believed:
+                believed = True
+                continue
             verdict = self.session.judge(
                 [None if isinstance(status, MycelError) else status for status in statuses]
             )

@@ -235,6 +235,24 @@ async def test_a_hung_stage_is_replaced_in_the_end(
         assert 20 < report.failovers[0].stall_s < 25
 
 
+async def test_an_owner_that_stood_still_replaces_nobody(
+    autojump_clock: Any, swarm: Any, llama: Any, reference: Any
+) -> None:
+    """Nobody answered it for a moment: that all of them died at once is the less likely explanation."""
+    async with swarm() as s, trio.open_nursery() as nursery:
+        owner, *_ = await s.stages(llama, [0, 1, 3, 4], spares=1)
+
+        async def stand_still() -> None:
+            s.world.silence(owner.mesh)
+            await trio.sleep(0.8)
+            s.world.unsilence(owner.mesh)
+
+        tokens, report = await run_with(owner, request_of(), 14, lambda: nursery.start_soon(stand_still))
+        assert tokens == reference(llama, PROMPT, COUNT)
+        assert report.failovers == ()
+        assert 0.75 < report.longest_gap_s < 1.5
+
+
 @pytest.mark.parametrize("pair", [(0, 1), (1, 2), (2, 3), (3, 1), (3, 0)])
 async def test_a_broken_link_between_living_peers_resumes_the_same_route(
     autojump_clock: Any, swarm: Any, llama: Any, reference: Any, pair: tuple[int, int]
