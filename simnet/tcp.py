@@ -208,9 +208,7 @@ class Opening:
         self._park.wake()
 
     def _give_up(self) -> None:
-        """The dial was cancelled. Whoever was answered already is told now, all others when they answer."""
-        if self.stage is Stage.ANSWERING:
-            self._say(RST, self.partner)
+        """The dial was cancelled. The other end is told when it says something next."""
         self.fail("the dial was given up")
         if self.stage is Stage.OPEN and self.pipe is not None:
             self.pipe.reset()

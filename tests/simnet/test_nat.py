@@ -21,6 +21,7 @@ from mycel.simnet.nat import (
     REJECTING,
     RENUMBERING,
     SYMMETRIC,
+    Filter,
     Mapping,
     NatKind,
     Ports,
@@ -124,6 +125,24 @@ def test_a_port_that_nobody_inside_uses_is_nobodys():
     assert come_in(box(REJECTING), PEER, (IP, 5000), kind=RST) is None
 
 
+def test_the_same_two_cannot_speak_through_two_ports():
+    """Answers to the peer could not be told apart."""
+    nat = box(NatKind(mapping=Mapping.PER_PORT, ports=Ports.RANDOM, filter=Filter.ANYBODY))
+    theirs, strangers = out(nat), out(nat, target=STRANGER)
+    assert come_in(nat, PEER, strangers) is None
+    assert come_in(nat, PEER, theirs) == HOME
+    assert come_in(nat, PEER_OTHER_PORT, strangers) == HOME
+
+
+def test_what_opens_nothing_is_let_through_by_nobody():
+    for kind in (SYN_ACK, RST):
+        cone = box(FULL_CONE)
+        assert out(cone, kind=kind) is None
+        outside = out(cone)
+        assert come_in(cone, STRANGER, outside, kind) is None
+        assert come_in(cone, STRANGER, outside) == HOME
+
+
 def test_an_acquaintance_is_forgotten():
     cone = box(replace(ADDRESS_RESTRICTED, keep_s=100.0))
     outside = out(cone)
@@ -153,6 +172,16 @@ def test_an_idle_connection_is_forgotten_and_every_packet_keeps_it():
     for now in (299.0, 598.0):
         assert come_in(nat, PEER, outside, DATA, now) == HOME
     assert come_in(nat, PEER, outside, DATA, 899.0) is None
+
+
+def test_a_port_outside_is_kept_as_long_as_a_connection_uses_it():
+    nat = box(replace(PORT_RESTRICTED, idle_s=300.0, keep_s=10.0))
+    outside = establish(nat)
+    assert out(nat, source=NEIGHBOUR, now=100.0) == (IP, 5001)
+    assert come_in(nat, PEER, outside, DATA, 290.0) == HOME
+    assert out(nat, source=("192.168.1.4", 5000), now=580.0) == (IP, 5001)
+    assert come_in(nat, PEER, outside, DATA, 585.0) == HOME
+    assert out(nat, source=("192.168.1.5", 5000), now=1000.0) == outside
 
 
 def test_a_forgotten_connection_is_picked_up_from_inside():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 from multiaddr import Multiaddr
 
 from mycel.protocol.address import tcp_addr
 from mycel.protocol.errors import DialError, PipeBroken
+from mycel.simnet.internet import InternetOptions, internet
+from mycel.simnet.network import SimNetwork
 
 LATENCY_S = 0.02
 """One way between two machines of these scenes."""
@@ -112,6 +115,26 @@ def test_a_dial_given_up_before_the_answer_is_never_accepted(play):
         assert not listener.coming
 
     play(scenario)
+
+
+def test_a_dial_given_up_at_the_moment_of_its_answer_is_reset():
+    async def main():
+        async with internet(InternetOptions()) as net:
+            a, b = SimNetwork(net.add("a")), SimNetwork(net.add("b"))
+            listener = await b.listen(Multiaddr("/ip4/0.0.0.0/tcp/4001"))
+            with trio.CancelScope() as scope:
+                net.timeline.after(2 * LATENCY_S, scope.cancel)
+                await a.dial(tcp_addr(b.machine.ips[0], 4001))
+            assert scope.cancelled_caught
+            assert trio.current_time() == 2 * LATENCY_S
+            accepted = await listener.accept()
+            await accepted.wait_readable()
+            with pytest.raises(PipeBroken, match="reset"):
+                accepted.try_recv_into(bytearray(1))
+            assert not a.machine.pipes
+
+    # On this clock all that happens at one moment happens before any task runs.
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_nobody_answers_for_two_minutes(play):
