@@ -1,15 +1,15 @@
 """Which socket is the one: what two punching peers say first on a socket between their fresh ports.
 
 Many sockets may come to stand at once, over the LAN, by a hairpin, in both directions; and anybody may knock
-at an open port. On every socket, whoever dialled it, the asking side of the punch speaks first:
+at an open port. On every socket, whoever dialled it, both sides say at once
 
-    asks      nonce (16 bytes) || HMAC(key, "asks" || nonce)
-    answers   HMAC(key, "answers" || nonce)
-    asks      0x01 on the socket it chose, the first that was proven; it hangs up on the others
+    nonce (16 bytes) || HMAC(key, role || nonce)        role: "asks" or "answers"
 
-HMAC is HMAC-SHA-256; the key is HKDF-SHA-256 over the two shares of the exchange and both peer ids, so it is
-known to these two peers only and good for this exchange only. The proof picks a socket and keeps strangers
-away from the handshake; who the peer is and that nobody listens is Noise's to prove, afterwards.
+and the asking side, when the other's holds, the byte 1 on the socket it chose, the first that was proven; it
+hangs up on the others. HMAC is HMAC-SHA-256; the key is HKDF-SHA-256 over the two shares of the exchange and
+both peer ids, so it is known to these two peers only and good for this exchange only. The proof picks a
+socket and keeps strangers away from the handshake; who the peer is and that nobody listens is Noise's to
+prove, afterwards.
 
 A `Proof` is one side on one socket. It reads just what it needs, for what follows belongs to the handshake.
 """
@@ -46,31 +46,28 @@ class Proof:
     """
 
     def __init__(self, key: bytes, *, asks: bool, nonce: bytes) -> None:
-        """`nonce` is 16 fresh random bytes; only the asking side's is used."""
+        """`nonce` is 16 fresh random bytes."""
         self._key = key
         self.asks = asks
-        self._nonce = nonce
-        self.outgoing = nonce + self._tag(b"asks", nonce) if asks else b""
-        self.needs = TAG_BYTES if asks else NONCE_BYTES + TAG_BYTES
+        self.outgoing = nonce + self._tag(asks, nonce)
+        self.needs = NONCE_BYTES + TAG_BYTES
         self.is_proven = False
         """Whether the other side proved itself."""
         self.is_done = False
         """Whether the socket is the one: for the asking side, whether it may choose it."""
 
-    def receive(self, data: bytes) -> bytes:
-        """`needs` bytes came; returns what to send. Raises `Stranger`."""
+    def receive(self, data: bytes) -> None:
+        """`needs` bytes came. Raises `Stranger`."""
         if self.is_proven:
             if data != CHOSEN:
                 raise Stranger("a punched socket was not chosen in the due way")
             self.needs, self.is_done = 0, True
-            return b""
-        nonce = self._nonce if self.asks else data[:NONCE_BYTES]
-        due = self._tag(b"answers" if self.asks else b"asks", nonce)
-        if not hmac.compare_digest(due, data if self.asks else data[NONCE_BYTES:]):
+            return
+        nonce, tag = data[:NONCE_BYTES], data[NONCE_BYTES:]
+        if not hmac.compare_digest(self._tag(not self.asks, nonce), tag):
             raise Stranger("a stranger is on the punched port: its proof does not hold")
         self.is_proven = True
         self.needs, self.is_done = (0, True) if self.asks else (len(CHOSEN), False)
-        return b"" if self.asks else self._tag(b"answers", nonce)
 
-    def _tag(self, role: bytes, nonce: bytes) -> bytes:
-        return hmac.digest(self._key, role + nonce, "sha256")
+    def _tag(self, asks: bool, nonce: bytes) -> bytes:
+        return hmac.digest(self._key, (b"asks" if asks else b"answers") + nonce, "sha256")

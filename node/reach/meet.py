@@ -162,10 +162,8 @@ class Proving:
             with trio.move_on_after(self._limits.proof_s) as patience:
                 await send_all(pipe, proof.outgoing)
                 while not proof.is_done:
-                    answer = proof.receive(await receive_exactly(pipe, proof.needs))
-                    if proof.is_proven:
-                        patience.deadline = self._scope.deadline  # the other side chooses in its own time
-                    await send_all(pipe, answer)
+                    proof.receive(await receive_exactly(pipe, proof.needs))
+                    patience.deadline = self._scope.deadline  # the other side chooses in its own time
                 if self._chosen is None:
                     self._choose(pipe, proof)
         except Stranger:
