@@ -43,8 +43,6 @@ class Served:
         self.method = method
         self.name = method.name
         self.access = method.access
-        self.name = method.name
-        self.access = method.access
         self.handler = handler
         self.mode = mode
         self.calls = 0
@@ -77,20 +75,23 @@ class CallBook:
         served = self._served.get(name)
         if served is None:
             text = f"no method {name.decode(errors='replace')!r} here; is the other side of another version?"
-            self.refused["unknown-method"] += 1
             return Failure("refused", "unknown-method", text)
         if peer == self._mesh.peer_id:
-            served.calls += 1
             return served, Access.ADMIN
         info = self._mesh.peers.get(peer)
         access = Access.STRANGER if info is None else info.access
         if access < served.access:
             need, have = served.access.name.lower(), access.name.lower()
             text = f"{served.name} needs the role {need}, you have {have}; ask for a ticket with it"
-            self.refused["access"] += 1
             return Failure("refused", "access", text)
-        served.calls += 1
         return served, access
+
+    def count(self, found: tuple[Served, Access] | Failure) -> None:
+        """What `find` said is what the caller gets."""
+        if isinstance(found, Failure):
+            self.refused[found.kind] += 1
+        else:
+            found[0].calls += 1
 
     @property
     def calls(self) -> dict[str, int]:

@@ -98,6 +98,7 @@ class LineServer:
         shop = self._shop
         number = frame.call
         found = shop.book.find(frame.name, self._peer)
+        shop.book.count(found)
         if isinstance(found, Failure):
             self.refuse(number, found)
             return

@@ -70,6 +70,7 @@ class LoneServer:
         found = self._shop.book.find(frame.name, self._stream.peer)
         if isinstance(found, Failure) or found[0].method.kind is not Kind.UNARY:
             return False
+        self._shop.book.count(found)
         self._frame = frame
         self._begin(frame, *found)
         return True

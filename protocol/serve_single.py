@@ -108,6 +108,7 @@ class SingleServer:
             raise RemoteProtocolError("a call's stream begins with something else than a request")
         self._number = frame.call
         found = self._shop.book.find(frame.name, self._peer)
+        self._shop.book.count(found)
         if isinstance(found, Failure):
             return found
         served, access = found

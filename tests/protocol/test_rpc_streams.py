@@ -213,3 +213,24 @@ async def test_a_wrong_item_is_told(duo, is_local):
             await stream.end()
             await stream.receive()
     assert caught.value.kind == "BadRequest"
+
+
+async def test_every_call_is_counted_once_whichever_way_it_came(duo):
+    async def echo(call: Call, request: int) -> int:
+        return request
+
+    unary = Method("test.echo", int, int)
+    unknown = Method("test.unknown", int, int)
+    duo.far.serve(unary, echo)
+    duo.far.serve(COUNT, count)
+    before = dict(duo.far.refused)
+    assert await duo.near.call(duo.peer, unary, 1, deadline_s=LONG_S) == 1
+    assert await duo.near.call(duo.peer, unary, 2, deadline_s=LONG_S, fresh=True) == 2
+    async with duo.near.stream(duo.peer, COUNT, 3, deadline_s=LONG_S) as stream:
+        assert [item async for item in stream] == [0, 1, 2]
+    for fresh in (False, True):
+        with pytest.raises(Refused):
+            await duo.near.call(duo.peer, unknown, 1, deadline_s=LONG_S, fresh=fresh)
+    assert duo.far.calls["test.echo"] == 2
+    assert duo.far.calls["test.count"] == 1
+    assert duo.far.refused["unknown-method"] - before.get("unknown-method", 0) == 2
