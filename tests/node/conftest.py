@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,19 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_node(tmp_path: Path) -> NodeMaker:
-    """`async with make_node("name", ticket=..., web=True, **settings) as node`."""
+    """`async with make_node("name", ticket=..., web=True, **settings) as node`.
+
+    A step of its engine takes at least `step_s` seconds.
+    """
 
     @asynccontextmanager
     async def make(
-        name: str, *, ticket: str | None = None, web: bool = False, **settings: object
+        name: str,
+        *,
+        ticket: str | None = None,
+        web: bool = False,
+        step_s: float = 0.0,
+        **settings: object,
     ) -> AsyncIterator[Node]:
         flags = {"home": str(tmp_path / name), "label": name, "preset": "local", "assign": False, **settings}
         config: Config = resolve(flags, {})
@@ -58,7 +67,8 @@ def make_node(tmp_path: Path) -> NodeMaker:
             bootstrap = parsed.bootstrap
         papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap)  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
-            node: Node = await nursery.start(daemon.run, config, network, InlineEngine, papers)
+            engine = partial(InlineEngine, cost=lambda works: step_s)
+            node: Node = await nursery.start(daemon.run, config, network, engine, papers)
             if web:
                 await nursery.start(serve_web, node, memory)
             yield node

@@ -177,7 +177,7 @@ async def test_a_body_out_of_bounds_is_refused(make_node: NodeMaker) -> None:
 async def test_a_client_that_goes_away_cancels_its_session(
     make_node: NodeMaker, byte_model: Path, wait_until: WaitUntil
 ) -> None:
-    async with make_node("a", web=True) as node:
+    async with make_node("a", web=True, step_s=0.05) as node:
         await node.serve(str(byte_model), None)
         (stage,) = node.stages.stages
         for stream in (True, False):
