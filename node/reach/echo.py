@@ -7,6 +7,7 @@ it asks several (`mycel.node.reach.verdict`), and a punch towards a false addres
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +32,9 @@ from mycel.protocol.mesh import PathKind, PeerId, Stream
 from mycel.protocol.network import Listener, Network, Pipe
 
 log = logging.getLogger("mycel.reach")
+
+KNOWN_MAX = 256
+"""Servers whose echo ports are remembered."""
 
 
 class EchoFailed(MycelError):
@@ -57,6 +61,7 @@ class Echo:
         self._limits = limits
         self._keys: OrderedDict[bytes, _Key] = OrderedDict()
         self._listeners: dict[int, tuple[Listener, Listener]] = {}
+        self._ports_of: OrderedDict[tuple[PeerId, str], tuple[int, int]] = OrderedDict()
         self._opening = trio.Lock()
         self._nursery: trio.Nursery | None = None
         self._sockets = 0
@@ -108,7 +113,7 @@ class Echo:
 
         async def ask_port(index: int, port: int) -> None:
             try:
-                pipe = await self._network.dial(tcp_addr(ip, port), local=local)
+                pipe = early.get(index) or await self._network.dial(tcp_addr(ip, port), local=local)
                 pipes.append(pipe)
                 nonce = self._network.entropy(echo.NONCE_BYTES)
                 await send_all(pipe, echo.ask(offer.key_id, offer.key, nonce, index))
@@ -119,7 +124,8 @@ class Echo:
                 nursery.cancel_scope.cancel()
 
         ip = self._direct_ip(server)
-        offer = await self._offer(server, 6 if ":" in ip else 4)
+        early: dict[int, Pipe] = {}
+        offer = await self._offer_and_dial(server, ip, local, early)
         if offer.ports is None:
             raise EchoFailed(f"{server} echoes nothing: {offer.why}")
         async with trio.open_nursery() as nursery:
@@ -128,6 +134,44 @@ class Echo:
         if failures:
             raise EchoFailed(f"{server} echoed nothing: {'; '.join(failures)}")
         return Mapped(seen[0], seen[1])
+
+    async def _offer_and_dial(
+        self, server: PeerId, ip: str, local: Multiaddr, early: dict[int, Pipe]
+    ) -> echo.Offer:
+        """The server's offer; `early` are connections to its ports, made meanwhile where they were known.
+
+        A punch waits for this, and each round trip counts.
+        """
+        family = 6 if ":" in ip else 4
+        known = self._ports_of.get((server, ip))
+
+        async def dial(index: int, port: int) -> None:
+            with contextlib.suppress(MycelError):  # it is dialled once more when the offer says so
+                early[index] = await self._network.dial(tcp_addr(ip, port), local=local)
+
+        offer: echo.Offer | None = None
+        failure: EchoFailed | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                for index, port in enumerate(known or ()):
+                    nursery.start_soon(dial, index, port)
+                try:
+                    offer = await self._offer(server, family)
+                except EchoFailed as error:
+                    failure = error
+                if offer is None or offer.ports != known:
+                    nursery.cancel_scope.cancel()
+        finally:
+            if offer is None or offer.ports != known:
+                _drop(early)
+        if offer is None:
+            raise failure or EchoFailed(f"{server} was not asked for an echo")
+        if offer.ports is not None:
+            self._ports_of[server, ip] = offer.ports
+            self._ports_of.move_to_end((server, ip))
+            if len(self._ports_of) > KNOWN_MAX:
+                self._ports_of.popitem(last=False)
+        return offer
 
     def _direct_ip(self, server: PeerId) -> str:
         info = self._host.peers.get(server)
@@ -253,6 +297,12 @@ class Echo:
         finally:
             self._sockets -= 1
             pipe.close()
+
+
+def _drop(early: dict[int, Pipe]) -> None:
+    for pipe in early.values():
+        pipe.close()
+    early.clear()
 
 
 _ENCODER = msgspec.msgpack.Encoder()

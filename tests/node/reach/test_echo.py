@@ -263,3 +263,34 @@ async def test_over_real_sockets_it_is_the_same():
         assert mapped.first == mapped.second == listener.addr
         listener.close()
         nursery.cancel_scope.cancel()
+
+
+def test_a_server_asked_before_answers_a_round_trip_sooner(play):
+    async def scenario(world):
+        asker, b, server = await pair(world)
+        server.serve()
+        took = []
+        for port in (5555, 5556):
+            began = trio.current_time()
+            mapped = await asker.ask(b.peer_id, Multiaddr(f"/ip4/0.0.0.0/tcp/{port}"))
+            assert mapped.first == tcp_addr(world.net.machines["a"].ips[0], port)
+            took.append(trio.current_time() - began)
+        assert took == pytest.approx([0.24, 0.16], abs=0.01)  # of 80 ms each
+
+    play(scenario)
+
+
+def test_a_server_that_opened_other_ports_since_is_asked_there(play):
+    async def scenario(world):
+        asker, b, server = await pair(world)
+        server.serve()
+        await asker.ask(b.peer_id, LOCAL)
+        before = server.ports
+        server.stop()
+        await trio.sleep(5)
+        server.serve()
+        mapped = await asker.ask(b.peer_id, LOCAL)
+        assert mapped.first == mapped.second == tcp_addr(world.net.machines["a"].ips[0], 5555)
+        assert server.ports != before
+
+    play(scenario)
