@@ -85,11 +85,13 @@ def ip_of(addr: Multiaddr | str) -> str:
     return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") and not is_circuit(text) else ""
 
 
+@functools.lru_cache(maxsize=4096)
 def is_outside(ip: str) -> bool:
     """Whether `ip` is an address of the internet at large, as opposed to a private network's."""
     return bool(ip) and ip_address(ip).is_global
 
 
+@functools.lru_cache(maxsize=4096)
 def place_of(ip: str) -> str:
     """Where on the internet an address is: an IPv4 address itself, of an IPv6 one the network of its house.
 

@@ -37,6 +37,8 @@ log = logging.getLogger("mycel.reach")
 
 CHECK_S = 5.0
 """Between two looks at what this machine's addresses are."""
+PAUSE_S = 0.02
+"""Between two looks at least: peers come and go in crowds."""
 GRACE_S = 2.0
 """How long a node that has a public address itself waits for a call before it asks others."""
 RECHECK_S = 600.0
@@ -80,6 +82,7 @@ class Prober:
         self._port = 0
         self._bound: list[Multiaddr] = []
         self._own: list[str] = []
+        self._seen_at = ""
         self.echo = Echo(host, network)
         self.dialback = DialBack(host, network)
 
@@ -111,6 +114,7 @@ class Prober:
                     due = self._outside_since + GRACE_S
                 with trio.move_on_at(due):
                     await self._wake.wait()
+                await trio.sleep(PAUSE_S)
 
     def forwards_changed(self, gone: Sequence[Multiaddr]) -> None:
         """Other addresses may lead here than before, and `gone` do not any more: members knock again."""
@@ -162,7 +166,7 @@ class Prober:
 
         An IPv6 network of a house has global addresses too.
         """
-        if not is_outside(ip) or ip == self._judge.ip:
+        if not is_outside(ip) or ip == self._seen_at:
             return False
         return place_of(ip) not in map(place_of, self._own)
 
@@ -170,6 +174,7 @@ class Prober:
         judge = self._judge
         self._bound = list(self._host.bound_addrs)
         self._own = [ip for addr in self._bound if (ip := ip_of(addr))]
+        self._seen_at = judge.ip
         moved = judge.here(self._bound)
         outside = self._outside_peers()
         observed = self._host.observed_addrs

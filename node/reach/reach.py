@@ -60,11 +60,14 @@ class Reach:
         self._contacts = contacts
         self._gather = gather
         self._wake = trio.Event()
+        self._bound: list[Multiaddr] = []
         self._here: tuple[object, ...] = ()
         self._mapped: list[Multiaddr] = []
         self._judge = Judge()
         self.verdict = self._judge.verdict()
         """What this node is to others, as last judged."""
+        self.is_local = False
+        """Whether only this machine can reach this node anyway."""
         self.prober = Prober(
             host, network, self._judge, contacts, forwarded=self.forwarded, changed=self.changed
         )
@@ -72,18 +75,14 @@ class Reach:
         self.circuits = RelayClient(host, config.relay_limits(), relays=config.relays, on_change=self.changed)
         self.upgrade = Upgrader(host, network, self.prober.echo, public=lambda: self.verdict.addrs)
 
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine can reach this node anyway."""
-        ips = [ip_of(addr) for addr in self._host.bound_addrs]
-        return bool(ips) and all(ip and ip_address(ip).is_loopback for ip in ips)
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once others can be told where this node is. Sends nothing before."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.relay.run)
             await nursery.start(self.circuits.run)
             await nursery.start(self.upgrade.run)
+            ips = [ip_of(addr) for addr in self._host.bound_addrs]
+            self.is_local = bool(ips) and all(ip and ip_address(ip).is_loopback for ip in ips)
             self._judge.here(self._host.bound_addrs)
             if not self.is_local:
                 await nursery.start(self.prober.run)
@@ -122,20 +121,21 @@ class Reach:
         ip = ip_of(addr)
         if not ip or is_outside(ip) or not self._judge.is_outside:
             return True
-        return shares_network(ip, [*map(ip_of, self._host.bound_addrs)])
+        return shares_network(ip, [own for addr in self._bound if (own := ip_of(addr))])
 
     def _settle(self) -> None:
         """What follows from what is known."""
+        self._bound = list(self._host.bound_addrs)
         verdict = self.verdict = self._judge.verdict()
         is_public = verdict.kind is Kind.PUBLIC
         self.relay.serve(self._config.relay == "on" or (self._config.relay == "auto" and is_public))
-        if is_public and any(is_outside(ip_of(addr)) for addr in self._host.bound_addrs):
+        if is_public and any(is_outside(ip_of(addr)) for addr in self._bound):
             self.prober.echo.serve()
         else:
             self.prober.echo.stop()
         self.circuits.want(self._relays_wanted())
         self._host.announce(self._told())
-        here = (self._judge.epoch, *self._host.bound_addrs)
+        here = (self._judge.epoch, *self._bound)
         if here != self._here:
             self._here = here
             self.upgrade.network_changed()
@@ -145,7 +145,7 @@ class Reach:
             return 0
         if self.verdict.kind is Kind.LOCAL:
             return RELAYS if self._config.relays else 0
-        return 0 if self._host.bound_addrs and self.prober.is_waiting else RELAYS
+        return 0 if self._bound and self.prober.is_waiting else RELAYS
 
     def forwarded(self) -> list[Multiaddr]:
         """Addresses that lead here though nothing here listens on them: what the owner announces, and what
@@ -161,14 +161,12 @@ class Reach:
         self.changed()
 
     def _told(self) -> Sequence[Multiaddr]:
-        """The addresses to tell others, best first, without this node's id; empty where the bound ones do."""
-        bound = list(self._host.bound_addrs)
+        """The addresses to tell others, best first, without this node's id."""
         own = list(self.forwarded())
         if not self._config.announce:
-            own = list(dict.fromkeys([*own, *self._judge.public_addrs(), *bound]))
+            own = list(dict.fromkeys([*own, *self._judge.public_addrs(), *self._bound]))
         circuits = list(self.circuits.addrs)[:CIRCUITS_TOLD]
-        told = [*own[: ADDRS_MAX - len(circuits)], *circuits]
-        return [] if sorted(map(str, told)) == sorted(map(str, bound)) else told
+        return [*own[: ADDRS_MAX - len(circuits)], *circuits]
 
     # Showing
 

@@ -248,17 +248,33 @@ def test_status_says_it_in_plain_words(town):
     town(scenario)
 
 
-def test_a_lost_address_voids_the_verdict_and_a_new_one_is_found(town):
+def test_a_lost_address_voids_the_verdict_and_the_new_one_is_proven_and_told(town):
     async def scenario(t):
-        await t.found()
+        founder = await t.found()
         await t.join("second")
         third = await t.join("third")
         await t.until(lambda: kind(third) is Kind.PUBLIC, 5)
-        t.net.machines["third"].ips = ("11.7.7.7",)
-        await t.until(lambda: third.reach.verdict.kind is not Kind.PUBLIC, 2 * probe.CHECK_S)
-        assert [str(addr) for addr in third.host.bound_addrs] == ["/ip4/11.7.7.7/tcp/4001"]
+        await move(t, "third", "11.7.7.7")
+        await t.until(lambda: kind(third) is not Kind.PUBLIC, 2 * probe.CHECK_S)
+        assert addrs(third)[0] == "/ip4/11.7.7.7/tcp/4001"
+        await t.until(lambda: kind(third) is Kind.PUBLIC, 60)
+        assert third.reach.verdict.ip == "11.7.7.7"
+        new = (tcp_addr("11.7.7.7", 4001),)
+        await t.until(lambda: founder.host.peers[third.host.peer_id].listen_addrs == new, 5)
 
     town(scenario)
+
+
+async def move(t, name, ip):
+    """Pull a machine's cable and plug it in where it has another address; what it spoke over is gone."""
+    machine = t.net.machines[name]
+    machine.silence()
+    await trio.sleep(5)
+    for old in machine.ips:
+        del machine.lan.stations[old]
+    machine.ips = (ip,)
+    machine.lan.stations[ip] = machine
+    machine.silence(False)
 
 
 def test_a_lost_relay_is_replaced_and_others_are_told(town):
