@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -62,7 +61,7 @@ async def test_the_wire_is_as_long_as_it_says() -> None:
                     took.append(trio.current_time() - began)
             nursery.cancel_scope.cancel()
         assert min(took) >= RTT_S
-        assert statistics.median(took) < 2 * RTT_S
+        assert min(took) < 1.5 * RTT_S
 
 
 async def test_a_bulk_transfer_arrives_as_it_was_sent() -> None:

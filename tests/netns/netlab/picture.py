@@ -33,10 +33,7 @@ def draw(names: Sequence[str], cells: Mapping[tuple[str, str], Cell], caption: s
         x, y = LEFT + CELL_W * place + CELL_W / 2, TOP + CELL_H * place + CELL_H / 2
         turn = f'transform="rotate(-40 {x} {TOP - 10})"'
         parts.append(f'<text x="{x}" y="{TOP - 10}" {turn} fill="#222">{escape(name)}</text>')
-        parts.append(
-            f'<text x="{LEFT - 10}" y="{y}" text-anchor="end" dominant-baseline="central" fill="#222">'
-            f"{escape(name)}</text>"
-        )
+        parts.append(f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end" fill="#222">{escape(name)}</text>')
     for row, one in enumerate(names):
         for column in range(row, len(names)):
             cell = cells.get((one, names[column])) or cells.get((names[column], one))
@@ -57,6 +54,6 @@ def _cell(x: float, y: float, cell: Cell) -> list[str]:
     return [
         f'<rect x="{x + 1.5}" y="{y + 1.5}" width="{CELL_W - 3}" height="{CELL_H - 3}" rx="4" '
         f'fill="{COLOURS[cell.fate]}"/>',
-        f'<text x="{x + CELL_W / 2}" y="{y + CELL_H / 2}" text-anchor="middle" dominant-baseline="central" '
+        f'<text x="{x + CELL_W / 2}" y="{y + CELL_H / 2 + 4}" text-anchor="middle" '
         f'fill="#fff">{escape(cell.text)}</text>',
     ]

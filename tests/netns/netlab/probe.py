@@ -22,11 +22,14 @@ import trio
 from netlab.lab import Site
 from netlab.space import Space
 
-KNOCK_S = 0.5
-"""A knock that nobody has answered by then is not answered. Twelve round trips."""
-PUNCH_S = 2.5
-"""A punch tries for so long: two SYN retransmissions (1 s each), and a margin."""
+KNOCK_S = 1.5
+"""A knock that nobody has answered by then is not answered: one SYN retransmission is in it."""
+PUNCH_S = 4.0
+"""A punch tries for so long: two SYN retransmissions (after 1 and 3 s), and a margin."""
+UDP_S = 1.5
+MAPPED_S = 10.0
 DIAL_S = 0.6
+LAST_WORD_S = 0.25
 REDIAL_S = 0.06
 """The longest pause before a dial is repeated; drawn each time, or two ends that refuse each other's packets
 out of step would stay so."""
@@ -102,7 +105,7 @@ async def posts(known: Site, other: Site) -> AsyncIterator[None]:
 async def mapped(space: Space, port: int, server: Address) -> tuple[Address, trio.socket.SocketType]:
     """Where `port` of `space` shows up at an echo, and the connection that holds it open."""
     sock = tcp(space, port)
-    with trio.fail_after(10 * KNOCK_S):
+    with trio.fail_after(MAPPED_S):
         await sock.connect(server)
         host, number = (await sock.recv(64)).decode().split()
     return (host, int(number)), sock
@@ -110,13 +113,15 @@ async def mapped(space: Space, port: int, server: Address) -> tuple[Address, tri
 
 async def knock(space: Space, to: Address) -> str:
     """Dial from a fresh port: in, refused or silent."""
-    with tcp(space) as sock, trio.move_on_after(KNOCK_S):
+    with tcp(space) as sock:
         try:
-            await sock.connect(to)
+            with trio.move_on_after(KNOCK_S) as patience:
+                await sock.connect(to)
+            if patience.cancelled_caught:
+                return "silent"
         except ConnectionRefusedError:
             return "refused"
         return "in"
-    return "silent"
 
 
 async def verify(site: Site, known: Site, other: Site, stranger: Site) -> Behaviour:
@@ -147,7 +152,7 @@ async def verify(site: Site, known: Site, other: Site, stranger: Site) -> Behavi
 async def _udp(space: Space, host: str) -> bool:
     with trio.socket.from_stdlib_socket(space.socket(socket.SOCK_DGRAM)) as sock:
         await sock.sendto(b"?", (host, UDP_PORT))
-        with trio.move_on_after(KNOCK_S):
+        with trio.move_on_after(UDP_S):
             return await sock.recv(64) == b"?"
     return False
 
@@ -203,7 +208,7 @@ class Puncher:
             nursery.start_soon(accept)
             nursery.start_soon(dial)
             await done.wait()
-            await trio.sleep(PUNCH_S / 10)  # the other end hears of it too
+            await trio.sleep(LAST_WORD_S)  # the other end hears of it too
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
