@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 import mycel
+from mycel.node.reach.verdict import Kind
 from mycel.node.running import Node
 
 
@@ -53,6 +54,14 @@ def families(node: Node) -> Iterator[Family]:
     yield _by("protocol", "mycel_handler_errors_total", "Handlers that raised.", host.handler_errors)
     yield _by("method", "mycel_calls_total", "Calls let in.", node.rpc.calls)
     yield _by("reason", "mycel_calls_refused_total", "Calls not let in.", node.rpc.refused)
+    reach = node.reach
+    verdicts = {_labels(verdict=kind.value): float(kind is reach.verdict.kind) for kind in Kind}
+    yield Family("mycel_reach", "gauge", "What this node is to others: 1 at the verdict.", verdicts)
+    yield _gauge("mycel_relays", "Relays through which others reach this node.", len(reach.circuits.relays))
+    yield _gauge("mycel_relay_reservations", "Peers reached through this node.", reach.relay.reservations)
+    yield _gauge("mycel_relay_circuits", "Connections that go through this node.", reach.relay.circuits)
+    yield _counter("mycel_relay_bytes_total", "Bytes relayed for others.", reach.relay.forwarded)
+    yield _counter("mycel_upgrades_total", "Relayed connections that became direct.", reach.upgrade.upgraded)
     yield _counter("mycel_rows_computed_total", "Rows through this node's layers.", totals.rows_computed)
     yield _counter("mycel_rows_resent_total", "Rows sent from the log after a loss.", totals.rows_resent)
     yield _counter("mycel_rows_duplicate_total", "Rows that came twice.", totals.rows_duplicate)

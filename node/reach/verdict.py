@@ -53,7 +53,7 @@ class Kind(enum.Enum):
 
 
 MEANINGS = {
-    Kind.LOCAL: "nobody outside its own network is in sight; those inside call it directly",
+    Kind.LOCAL: "those in its own network call it directly, and nobody outside is in sight",
     Kind.UNKNOWN: "not found out yet; relays make it callable meanwhile",
     Kind.PUBLIC: "others can call it from outside",
     Kind.PUNCHABLE: "others call it through relays, then directly by hole punching",
@@ -232,7 +232,7 @@ class Judge:
         if not self._bound:
             return Verdict(Kind.RELAY_ONLY, ("it listens on no address", *evidence), ip)
         if not self._is_outside:
-            return Verdict(Kind.LOCAL, ("nobody outside its own network is connected",), ip)
+            return Verdict(Kind.LOCAL, ("nobody from outside has connected yet, so nothing was tried",), ip)
         if called and addrs:
             return Verdict(Kind.PUBLIC, tuple(evidence), ip, addrs)
         mapping, words = self._mapping()

@@ -273,6 +273,9 @@ async def test_metrics_count_what_happened(
         assert values["mycel_generations_total"] == "1"
         assert int(values["mycel_rows_computed_total"]) == 2 + 6
         assert values["mycel_worker_losses_total"] == "0"
+        assert values['mycel_reach{verdict="local"}'] == "1"
+        assert values['mycel_reach{verdict="public"}'] == "0"
+        assert values["mycel_relay_reservations"] == values["mycel_relay_bytes_total"] == "0"
         assert "# TYPE mycel_tokens_total counter" in text
 
 
