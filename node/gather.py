@@ -177,7 +177,7 @@ class Gather:
             return
         now = trio.current_time()
         for told in reply.peers:
-            addrs = [addr for addr in told.addrs if _names(addr, told.peer)]
+            addrs = [addr for addr in told.addrs if leads_to(addr, told.peer)]
             if addrs:
                 self._contacts.learn(PeerId(told.peer), addrs, now)
         self.on_told(peer, [PeerId(told.peer) for told in reply.peers])
@@ -222,7 +222,7 @@ class Gather:
                 log.warning("contacts are not remembered: %s", error)
 
 
-def _names(addr: str, peer: str) -> bool:
+def leads_to(addr: str, peer: str) -> bool:
     """Whether `addr` can be dialled and names `peer`."""
     try:
         return peer_of(addr) == peer

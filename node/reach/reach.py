@@ -30,7 +30,7 @@ from multiaddr import Multiaddr
 from mycel.node.addresses import shares_network
 from mycel.node.config import Config
 from mycel.node.contacts import ADDRS_MAX, Contacts
-from mycel.node.gather import Gather
+from mycel.node.gather import Gather, leads_to
 from mycel.node.host import Host
 from mycel.node.reach.outward import Outward, ip_of, is_outside
 from mycel.node.reach.probe import Prober
@@ -40,6 +40,7 @@ from mycel.node.reach.upgrade import Upgrader
 from mycel.node.reach.verdict import MEANINGS, Judge, Kind
 from mycel.node.views import IndirectView, ReachView
 from mycel.protocol import echo
+from mycel.protocol.address import CIRCUIT, circuit_of
 from mycel.protocol.mesh import Access, PeerId
 
 RELAYS = 2
@@ -107,7 +108,9 @@ class Reach:
             await self._host.links_changed()
             for peer, info in self._host.peers.items():
                 if stated.get(peer) is not info.listen_addrs and info.access >= Access.SUBMIT:
-                    self._contacts.state(peer, [f"{addr}/p2p/{peer}" for addr in map(str, info.listen_addrs)])
+                    own = f"/p2p/{peer}"
+                    addrs = [str(addr).removesuffix(own) + own for addr in info.listen_addrs]
+                    self._contacts.state(peer, [addr for addr in addrs if leads_to(addr, peer)])
             stated = {peer: info.listen_addrs for peer, info in self._host.peers.items()}
 
     # Deciding
@@ -118,7 +121,7 @@ class Reach:
         A private address means something in its own network only; elsewhere it is somebody else's. While
         nobody outside is in sight this node's whole world is one private network, whatever its parts.
         """
-        ip = ip_of(addr)
+        ip = ip_of(addr.partition(f"/{CIRCUIT}")[0])
         if not ip or is_outside(ip) or not self._judge.is_outside:
             return True
         return shares_network(ip, [own for addr in self._bound if (own := ip_of(addr))])
@@ -165,7 +168,7 @@ class Reach:
         own = list(self.forwarded())
         if not self._config.announce:
             own = list(dict.fromkeys([*own, *self._judge.public_addrs(), *self._bound]))
-        circuits = list(self.circuits.addrs)[:CIRCUITS_TOLD]
+        circuits = choose_circuits(self.circuits.addrs)
         return [*own[: ADDRS_MAX - len(circuits)], *circuits]
 
     # Showing
@@ -192,6 +195,20 @@ class Reach:
                 for peer, why in self.upgrade.troubles.items()
             ),
         )
+
+
+def choose_circuits(addrs: Sequence[Multiaddr]) -> list[Multiaddr]:
+    """Of relayed addresses those worth telling: two of each relay, and none in a private network of the
+    relay's where it has others."""
+    ways: dict[PeerId, list[Multiaddr]] = {}
+    for addr in addrs:
+        ways.setdefault(circuit_of(addr).relay_peer, []).append(addr)
+    chosen: list[Multiaddr] = []
+    for found in ways.values():
+        ips = {addr: ip_of(circuit_of(addr).relay) for addr in found}
+        far = [addr for addr in found if not ips[addr] or is_outside(ips[addr])]
+        chosen += (far or found)[: CIRCUITS_TOLD // RELAYS]
+    return chosen[:CIRCUITS_TOLD]
 
 
 _PEER_ID = re.compile(r"\b(?:12D3KooW|Qm)[1-9A-HJ-NP-Za-km-z]{20,60}\b")

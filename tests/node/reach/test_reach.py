@@ -7,10 +7,12 @@ import math
 import msgspec
 import pytest
 import trio
+from multiaddr import Multiaddr
 
 from mycel.commands.swarm import _reach_rows
 from mycel.node.host import Host
 from mycel.node.reach import probe
+from mycel.node.reach.reach import choose_circuits
 from mycel.node.reach.relay_server import RelayServer
 from mycel.node.reach.verdict import Kind
 from mycel.protocol import echo
@@ -438,5 +440,53 @@ def test_a_founder_at_home_is_joined_through_a_relay_outside_the_swarm(town):
         guest = await t.join("guest", "carrier", relays=relays)
         assert founder.host.peer_id in guest.host.peers
         await t.until(lambda: guest.host.peers[founder.host.peer_id].path is PathKind.DIRECT, 20)
+
+    town(scenario)
+
+
+def test_of_relayed_addresses_the_far_ones_are_told_two_of_each_relay():
+    def circuits(relay, *ips):
+        return [Multiaddr(f"/ip4/{ip}/tcp/1/p2p/{relay}/p2p-circuit") for ip in ips]
+
+    keys = [OwnKey(bytes([number]) * 32).peer_id for number in (1, 2)]
+    many = circuits(keys[0], "192.168.1.2", "11.0.0.1", "11.0.0.2", "11.0.0.3")
+    assert choose_circuits(many) == many[1:3]
+    near = circuits(keys[1], "192.168.1.3", "192.168.1.4", "192.168.1.5")
+    assert choose_circuits([*many, *near]) == [*many[1:3], *near[:2]]
+    named = [Multiaddr(f"/dns4/example.org/tcp/1/p2p/{keys[1]}/p2p-circuit")]
+    assert choose_circuits([*near, *named]) == named
+    assert choose_circuits([]) == []
+
+
+def test_a_relay_in_somebody_elses_private_network_is_not_dialled(town):
+    async def scenario(t):
+        founder = await t.found()
+        node = await t.join("home", "port")
+        await t.until(lambda: node.reach.circuits.relays, 10)
+        relay = founder.host.peer_id
+        assert not node.reach.can_lead(f"/ip4/10.0.0.1/tcp/1/p2p/{relay}/p2p-circuit/p2p/{relay}")
+        assert node.reach.can_lead(f"/ip4/11.0.0.1/tcp/1/p2p/{relay}/p2p-circuit/p2p/{relay}")
+
+    town(scenario)
+
+
+def test_nonsense_among_a_peers_addresses_is_left_out_and_spoils_nothing(town):
+    async def scenario(t):
+        founder = await t.found()
+        node = await t.join("second")
+        elsewhere = OwnKey(bytes(32)).peer_id
+        good = Multiaddr("/ip4/11.0.0.2/tcp/4001")
+        nonsense = [
+            Multiaddr("/ip4/11.0.0.2/udp/4001/quic-v1"),
+            Multiaddr(f"/ip4/11.0.0.2/tcp/4001/p2p/{elsewhere}"),
+            Multiaddr(f"/ip4/11.0.0.2/tcp/1/p2p/{elsewhere}/p2p-circuit/p2p/{elsewhere}/p2p-circuit"),
+        ]
+        node.reach._told = lambda: [*nonsense, good]
+        node.reach.changed()
+        peer = node.host.peer_id
+        await t.until(lambda: peer in founder.host.peers, 5)
+        await t.until(lambda: nonsense[0] in founder.host.peers[peer].listen_addrs, 10)
+        told = {one.peer: one.current for one in founder.contacts.told()}
+        assert told[peer] == (f"{good}/p2p/{peer}",)
 
     town(scenario)
