@@ -160,7 +160,7 @@ class Host:
                 listener.close()
             self._listeners.clear()
             for link in list(self._links):
-                link.end("left", "the node shut down")
+                self.on_shutdown(link)
 
     async def _accept(self, listener: Listener) -> None:
         while True:
@@ -227,6 +227,12 @@ class Host:
         self.counters.lost[link.lost.reason] += 1
         _log.info("%s", link.lost)
         self._roster.remove(link, link.lost)
+
+    def on_shutdown(self, link: Link) -> None:
+        """See `link.Owner`. Relayed links go first: their goodbyes travel over the others."""
+        if link.lost is None:
+            for one in [*(other for other in self._links if other.is_relayed), link]:
+                one.end("left", "the node shut down")
 
     def on_drain(self, link: Link) -> None:
         """See `link.Owner`."""

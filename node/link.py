@@ -134,7 +134,7 @@ class Link:
                         nursery.start_soon(self._write)
                         await self._read()
             finally:
-                self.end("left", "the node shut down")
+                self._owner.on_shutdown(self)
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
 
     async def _read(self) -> None:

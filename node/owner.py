@@ -28,6 +28,9 @@ class Owner(Protocol):
     def on_lost(self, link: Link) -> None:
         """The link ended; `link.lost` says why."""
 
+    def on_shutdown(self, link: Link) -> None:
+        """The link's tasks end; where it is not lost yet, the node shuts down, and this ends it."""
+
     def on_drain(self, link: Link) -> None:
         """The peer opens no more streams on this link."""
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mycel.node.gate import Gate
+from mycel.protocol.errors import ConnectionLost
 from mycel.protocol.identify import Identity
 from mycel.protocol.mesh import Access, PathKind, PeerId, PeerInfo
 
@@ -64,7 +65,7 @@ def is_theirs_to_choose(one: Made, other: Made) -> bool:
 class Peering:
     """One connected peer."""
 
-    __slots__ = ("_own", "gate", "identity", "links", "peer", "up")
+    __slots__ = ("_own", "gate", "goodbye", "identity", "links", "peer", "up")
 
     def __init__(self, own: PeerId, peer: PeerId) -> None:
         self._own = own
@@ -72,12 +73,15 @@ class Peering:
         self.links: list[Link] = []
         self.gate = Gate()
         self.identity: Identity | None = None
+        self.goodbye: ConnectionLost | None = None
+        """What the peer said when it left on one of its links: why it is gone, however the last one ends."""
         self.up = False
         """Whether others were told of this peer."""
 
     def add(self, link: Link) -> None:
         """A link to the peer opened; all but one are drained, within bounds."""
         self.links.append(link)
+        self.goodbye = None
         keep = self.links[choose(self.links, self._own, self.peer)]
         for other in self.links:
             if other is not keep and not other.superseded and not is_theirs_to_choose(keep, other):

@@ -85,12 +85,15 @@ class Roster:
             return
         peering.links.remove(link)
         self._remember(link)
+        if lost.reason == "left":
+            peering.goodbye = lost
         if peering.links:
             self._refresh(peering)
             return
         del self._peerings[peering.peer]
         if peering.up:
             del self.peers[peering.peer]
+            lost = peering.goodbye or lost
             self._news.tell(PeerDown(peering.peer, lost.reason, str(lost)))
 
     def window(self, peer: PeerId | None) -> int:
