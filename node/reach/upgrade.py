@@ -16,6 +16,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import trio
 from multiaddr import Multiaddr
@@ -28,13 +29,16 @@ from mycel.node.reach.punch import Puncher
 from mycel.node.reach.upgrade_plan import Punch, Return, UpgradePlan
 from mycel.protocol import dcutr
 from mycel.protocol.address import circuit_of, is_circuit
-from mycel.protocol.errors import AddressError, MycelError, Refused
+from mycel.protocol.errors import AddressError, LimitExceeded, MycelError, Refused
 from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
-from mycel.protocol.mesh import Access, PathKind, PeerId, PeerInfo
+from mycel.protocol.mesh import Access, PathKind, PeerDown, PeerId, PeerInfo
 from mycel.protocol.network import Network
 from mycel.protocol.punch import PunchFailed
 
 log = logging.getLogger("mycel.reach")
+
+GOODBYES = ("left", "refused")
+"""Why a connection ended when its peer is not to be dialled at once."""
 
 SEEN_MAX = 1024
 """Foreign peers whose addresses are remembered."""
@@ -70,6 +74,7 @@ class Upgrader:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._hear)
             task_status.started()
             while True:
                 self._wake = trio.Event()
@@ -99,6 +104,15 @@ class Upgrader:
         while True:
             await self._host.links_changed()
             self._wake.set()
+
+    async def _hear(self) -> None:
+        """Goodbyes. They come in the same turn as `links_changed`, so before the loop looks."""
+        while True:
+            async with self._host.events() as events:
+                with suppress(LimitExceeded):  # too slow once: what was missed is dialled in vain
+                    async for event in events:
+                        if isinstance(event, PeerDown) and event.reason in GOODBYES:
+                            self._plan.on_goodbye(event.peer)
 
     def _look(self, now: float) -> None:
         """Tell the plan what connections there are."""

@@ -6,7 +6,8 @@ itself. A punch that failed is tried again after a wait that grows fourfold; one
 NATs that leave no address to aim at) waits the longest. A change of this node's network makes all due again.
 
 A peer whose connection died and that is known behind relays is dialled there at once, and again for a few
-seconds: whoever has a stream to reopen finds it connected. Then it is a contact like any other.
+seconds: whoever has a stream to reopen finds it connected. Then it is a contact like any other. One that said
+goodbye is let go.
 
 Everything is bounded by the host's connections: a peer is forgotten when it is gone and no way back is left.
 """
@@ -94,6 +95,14 @@ class UpgradePlan:
         else:
             turn = 0.0 if leads else self._limits.yield_s
             standing.punch_s = max(now + turn, standing.not_before_s)
+
+    def on_goodbye(self, peer: PeerId) -> None:
+        """`peer` went and does not want to be fetched back: it stopped in order, or refused this node."""
+        standing = self._table.get(peer)
+        if standing is not None:
+            standing.path, standing.circuits = None, ()
+            standing.punch_s = standing.return_s = math.inf
+            self._tidy(standing)
 
     def on_present(self, peers: Iterable[PeerId], now: float) -> None:
         """Only these are connected now."""

@@ -201,6 +201,32 @@ def test_a_generation_survives_the_death_of_its_relay(model, death):
     play(model, scenario)
 
 
+@pytest.mark.parametrize("wait_s", [0, 1, 20], ids=["relayed", "fresh", "direct"])
+def test_a_home_that_says_goodbye_is_not_fetched_back(model, wait_s):
+    async def scenario(street):
+        if wait_s:
+            street.may_punch.set()
+            await street.until(lambda: street.path() == [PathKind.DIRECT] * 2)
+            await trio.sleep(wait_s)
+        home, other = (street.swarm.nodes[name] for name in "ab")
+        dialled = []
+        host = other.node.host
+        connect = host.connect
+
+        async def note(addrs, **options):
+            if any(str(addr).endswith(home.peer) for addr in addrs):
+                dialled.append([str(addr) for addr in addrs])
+            return await connect(addrs, **options)
+
+        host.connect = note
+        home.node.stop()
+        await street.until(lambda: home.peer not in host.peers)
+        await trio.sleep(1)  # before the contacts' own redial
+        assert dialled == []
+
+    play(model, scenario)
+
+
 def test_homes_that_cannot_meet_stay_relayed_and_say_why(model):
     async def scenario(street):
         street.may_punch.set()

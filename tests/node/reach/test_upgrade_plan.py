@@ -113,6 +113,15 @@ def test_a_peer_that_refuses_is_left_alone():
     assert plan.next_s() == math.inf
 
 
+def test_a_peer_that_said_goodbye_is_let_go():
+    plan = make()
+    plan.on_path(HIGH, DIRECT, WAY, 0.0, leads=True)
+    plan.on_goodbye(HIGH)
+    plan.on_present((), 1.0)
+    assert plan.plan(1.0) == []
+    assert plan.standings() == []
+
+
 def test_back_over_the_relay_it_is_punched_again():
     plan = make()
     plan.on_path(HIGH, RELAYED, WAY, 0.0, leads=True)
@@ -154,6 +163,8 @@ def test_no_step_is_taken_twice_at_a_time_nor_more_often_than_allowed(events):
         match event:
             case ("path", peer, path, told):
                 connected[peer] = path
+                if path is DIRECT:
+                    punched.pop(peer, None)
                 plan.on_path(peer, path, WAY if told else (), now, leads=peer == HIGH)
             case ("present", peers):
                 connected = {peer: path for peer, path in connected.items() if peer in peers}
@@ -169,7 +180,8 @@ def test_no_step_is_taken_twice_at_a_time_nor_more_often_than_allowed(events):
                         plan.on_punched(peer, now)
                     else:
                         failed(plan, peer, now, how)
-                        punched[peer] = now + LIMITS.yield_s * 0.75
+                        if connected.get(peer) is not DIRECT:
+                            punched[peer] = now + LIMITS.yield_s * 0.75
             case ("network",):
                 plan.on_network_changed(now)
                 punched.clear()
