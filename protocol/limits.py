@@ -292,3 +292,214 @@ class RelayLimits:
 
 
 DEFAULT_RELAY_LIMITS = RelayLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class KadLimits:
+    """Bounds of Kademlia (`mycel.dht.kad`)."""
+
+    bucket: int = 20
+    """Peers in a bucket, peers told in an answer, and replicas of a record: Kademlia's k."""
+
+    group: int = 2
+    """Peers of one public /24 (IPv4) or /48 (IPv6) in a bucket: what one rented network can fill of it."""
+
+    paths: int = 3
+    """Disjoint paths of a lookup: a liar on one of them does not lead the others astray."""
+
+    quorum: int = 11
+    """Peers next to a key that a reader asks. A put that more than 9 of 20 confirmed is seen by it."""
+
+    message_bytes: int = 64 * KIB
+    """One message: a record and 20 peers with eight addresses each."""
+
+    value_bytes: int = 16 * KIB
+    """A record's value; larger ones belong into blocks, and their address into the record."""
+
+    name_bytes: int = 256
+    """What an author calls a record, and a key that is provided."""
+
+    life_s: float = 24 * 3600.0
+    """Life of a record from its author's last signature; so much, and a clock's error, may lie ahead."""
+
+    skew_s: float = 300.0
+    """How far two calendars may differ (see `Limits.clock_skew_s`)."""
+
+    provider_s: float = 3600.0
+    """Life of a provider record; told anew when half of it is gone."""
+
+    records: int = 65536
+    """Records held for others..."""
+
+    record_bytes: int = 64 * MIB
+    """...and their bytes, all authors together."""
+
+    author_records: int = 1024
+    """Records of one author..."""
+
+    author_bytes: int = 4 * MIB
+    """...and their bytes: a sixteenth of the whole, so that no author fills a peer."""
+
+    provided_keys: int = 16384
+    """Keys with providers, all together; 100 bytes each."""
+
+    providers: int = 64
+    """Providers of one key."""
+
+    provider_keys: int = 1024
+    """Keys that one peer may provide at another."""
+
+    questions_per_s: float = 400.0
+    """Questions of one peer that are answered; a tenth of it may come at once. Busy ones ask 30."""
+
+    questions: int = 32
+    """Questions of one lookup under way, late ones included."""
+
+    late_s_min: float = 0.02
+    """A question is not late before this..."""
+
+    late_s_max: float = 2.0
+    """...and is after this, whatever is known of the peer."""
+
+    answer_s_min: float = 1.0
+    """A question is given up no sooner than this..."""
+
+    answer_s_max: float = 6.0
+    """...and no later: a dial to a dead address and a bit."""
+
+    failures: int = 3
+    """Failed questions in a row after which a peer leaves its bucket though nobody takes its place."""
+
+    known_paces: int = 4096
+    """Peers whose round trips are remembered."""
+
+    connections: int = 128
+    """Connections that lookups opened and that are kept for the next ones."""
+
+    tick_s: float = 5.0
+    """How often upkeep looks at what is due."""
+
+    check_s: float = 300.0
+    """A peer in a bucket that was not heard of for this long is asked whether it is there..."""
+
+    checks: int = 8
+    """...so many of them at a tick."""
+
+    refresh_s: float = 600.0
+    """A bucket that no lookup went through for this long is looked through."""
+
+    republish_s: float = 600.0
+    """How often a replica sees to it that a record has all its replicas: half of the peers of a restless
+    swarm stay no longer than this."""
+
+
+DEFAULT_KAD_LIMITS = KadLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentLimits:
+    """Bounds of replicated documents (`mycel.dht.doc`)."""
+
+    key_chars: int = 256
+    """A key is a few words with slashes."""
+
+    value_bytes: int = 16 * KIB
+    """One value: a job's description with its settings; larger things are blocks."""
+
+    content_bytes: int = 128 * KIB
+    """What is live in one author's document, as a snapshot: some hundred models or jobs of 500 bytes."""
+
+    log_bytes: int = 16 * KIB
+    """A log that is longer than this, and than its snapshot, is compacted: history costs no more than
+    what is live, and small documents are not compacted at every write..."""
+
+    log_updates: int = 4096
+    """...nor do they have more updates than this since the last compaction."""
+
+    document_bytes: int = 384 * KIB
+    """Snapshot and log of one author together, as others accept them: twice the content (the log may be
+    as long as the snapshot) and one more write of that size."""
+
+    authors: int = 4096
+    """Documents kept; with each at its largest..."""
+
+    total_bytes: int = 256 * MIB
+    """...they are bounded by this. Both full, an author who is not known yet is refused."""
+
+    chain_bytes: int = 4 * KIB
+    """What shows that an author may write; a membership chain takes under 1 KiB."""
+
+    push_peers: int = 8
+    """Neighbours that news is pushed to at once: with 6 or more of them chosen at random, all of a
+    thousand nodes hear of it within 5 hops; whoever is missed finds out by comparing."""
+
+    compare_s: float = 2.0
+    """How often a node compares what it holds with one neighbour: half a kilobyte when nothing differs."""
+
+    call_s: float = 10.0
+    """Deadline of one exchange: a megabyte over a line of 1 Mbit/s."""
+
+    retry_s: float = 1.0
+    """Before a neighbour that failed to answer is told again."""
+
+    reply_bytes: int = 1 * MIB
+    """Content in one message; a newcomer asks again until it has all. One document always fits."""
+
+    refusals: int = 32
+    """Parts that were forged or broken by which a peer loses its connection: honest peers check before
+    they pass on, so it sends none."""
+
+
+DEFAULT_DOCUMENT_LIMITS = DocumentLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLimits:
+    """Bounds of content blocks and their exchange (`mycel.dht.block`)."""
+
+    block_bytes: int = 2 * MIB
+    """Largest block, the largest that other implementations of the exchange commonly take. It is part of how
+    models are cut: another value gives other names."""
+
+    file_bytes: int = 64 * MIB
+    """Largest small file of a model: a tokenizer of 250 000 words takes 30."""
+
+    wants: int = 65536
+    """Blocks that one fetch asks its peers for: 128 GiB. More is fetched in turns."""
+
+    peers: int = 32
+    """Peers that one fetch talks to at once."""
+
+    uploads: int = 64
+    """Peers that are served at once, one stream each..."""
+
+    uploads_per_peer: int = 4
+    """...or a few: several fetches of one peer."""
+
+    asked: int = 256
+    """Blocks asked for and not answered, of one stream."""
+
+    sending: int = 8
+    """Blocks read and being sent at once, all peers together: 16 MiB."""
+
+    storing: int = 4
+    """Blocks being checked and written at once, of one fetch."""
+
+    ahead_s: float = 1.0
+    """A peer is asked for so many seconds of its measured rate in advance..."""
+
+    ahead_bytes_min: int = 4 * MIB
+    """...at least this, two blocks, so that it always has the next one..."""
+
+    ahead_bytes_max: int = 64 * MIB
+    """...and at most this."""
+
+    stall_s: float = 10.0
+    """A peer that sends nothing for so long is asked for nothing more until it does, and what it was asked
+    for is asked of others: a block on a line of 2 Mbit/s takes 8 s."""
+
+    message_bytes: int = 4 * MIB
+    """One message of the exchange, blocks apart: the names of `wants` blocks take 2.25 MiB."""
+
+
+DEFAULT_BLOCK_LIMITS = BlockLimits()

@@ -1,0 +1,37 @@
+"""The block store: bytes by their content's name, checked on the way in and on the way out.
+
+compute/ needs just this of where model files come from; dht/ implements it on disk and in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mycel.protocol.cid import Cid
+from mycel.protocol.errors import MycelError
+
+
+class CorruptBlock(MycelError):
+    """Bytes that are not what their name says."""
+
+
+class BlockStore(Protocol):
+    """Blocks that this node holds."""
+
+    def has(self, cid: Cid) -> bool:
+        """Whether the block is here."""
+
+    async def get(self, cid: Cid) -> bytes | None:
+        """The block, None where it is not here. What is damaged is not here, and is removed."""
+
+    async def put(self, cid: Cid, data: bytes) -> None:
+        """Keep a block. When this returns, a crash does not lose it.
+
+        Raises `CorruptBlock` where `data` is not `cid`'s content, `LimitExceeded` where there is no room.
+        """
+
+    def pin(self, name: str, cids: list[Cid]) -> None:
+        """Keep these, also those still to come, whatever else is evicted; replaces what `name` pinned."""
+
+    def unpin(self, name: str) -> None:
+        """Let go what `name` pinned; nothing happens where it pinned nothing."""
