@@ -148,10 +148,10 @@ class RelayClient:
         try:
             with trio.move_on_after(self._limits.request_s) as scope:
                 request = await self._agree(stream)
-            if scope.cancelled_caught or request is None:
+            info = self._host.peers.get(stream.peer)
+            if scope.cancelled_caught or request is None or info is None:  # None: the relay left meanwhile
                 stream.reset()
                 return
-            info = self._host.peers[stream.peer]
             assert request.peer is not None
             through = Multiaddr(f"{_behind(info)}/p2p/{request.peer}")
             pipe = StreamPipe(stream, local=_behind(info), remote=through, limit=request.limit)
