@@ -79,7 +79,7 @@ async function pingOver (connection) {
   return Date.now() - began
 }
 
-async function dial (address, large = 3_000_000) {
+async function dial ({ dial: address, large = 3_000_000, echo: echoes = true }) {
   const identified = Promise.withResolvers()
   const wanted = address.split('/').at(-1)
   node.addEventListener('peer:identify', (event) => {
@@ -103,8 +103,8 @@ async function dial (address, large = 3_000_000) {
     protocols: said.protocols,
     observed: said.observedAddr?.toString(),
     signed: said.signedPeerRecord?.addresses.map(String),
-    echoed_small: await echo(connection, 5),
-    echoed_large: await echo(connection, large),
+    echoed_small: echoes && await echo(connection, 5),
+    echoed_large: echoes && await echo(connection, large),
     unknown
   }
 }
@@ -114,7 +114,7 @@ for await (const line of createInterface({ input: process.stdin })) {
   const command = JSON.parse(line)
   if (command.quit) break
   try {
-    say(command.addrs ? node.getMultiaddrs().map(String) : await dial(command.dial, command.large))
+    say(command.addrs ? node.getMultiaddrs().map(String) : await dial(command))
   } catch (error) {
     say({ error: String(error.stack ?? error) })
   }
