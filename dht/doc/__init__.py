@@ -1,0 +1,1 @@
+"""Replicated documents: what a swarm wants to keep, one single-writer document for each author."""

@@ -1,0 +1,336 @@
+"""All documents that a node holds: what it takes in, what it refuses, what others lack. No streams here.
+
+Only an author can write its document, because every part ends in its signed head, and because the author has
+to show that it may write here at all. Everything else about a part is checked too before it changes anything,
+and what does not hold is counted by its reason:
+
+- `forged`: not signed by the author, or not what was signed;
+- `foreign`: the author shows nothing that lets it write in this swarm;
+- `oversized`: more than a document may have;
+- `malformed`: an impossible position, or bytes that are no update;
+- `full`: no room for one more author;
+- `forked`: the author signed two different documents for one position; the one that was here first stays,
+  until a later position settles it.
+
+A node that got an old disk back, or lost its disk and has not written yet, hears of its own document from
+others. It takes it over, and writes on top what it has written since it started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+from mycel.dht.doc.document import Document, Forged, Unfit
+from mycel.dht.doc.message import (
+    NOWHERE,
+    Head,
+    Missing,
+    Part,
+    Position,
+    Vector,
+    first_digest,
+    head_bytes,
+    next_digest,
+)
+from mycel.dht.doc.store import DocumentStore
+from mycel.dht.doc.vector import StateVector
+from mycel.protocol.board import Fact
+from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
+from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.mesh import PeerId
+
+POSITION_MAX = 1 << 62
+"""Epochs are milliseconds of the author's calendar; SQLite keeps 63 bits."""
+
+MayWrite = Callable[[PeerId, bytes], bool]
+"""Whether an author may write in this swarm, by the chain that it shows."""
+
+
+class Signer(Protocol):
+    """What a replica needs of a mesh: who this node is, signatures, and the calendar."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+    def sign(self, data: bytes) -> bytes: ...
+    def verify(self, peer: PeerId, data: bytes, signature: bytes) -> bool: ...
+    def wall(self) -> float: ...
+
+
+class Taken(Enum):
+    """What became of a part."""
+
+    NEWS = "news"
+    KNOWN = "known"
+    GAP = "gap"
+    """It does not continue what is here: ask for what is missing."""
+    REFUSED = "refused"
+
+
+class Refusal(Exception):
+    """Why a part is not taken; `reason` is one of the words above."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Replica:
+    """The documents of all authors, at one node."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        store: DocumentStore,
+        may_write: MayWrite,
+        *,
+        chain: bytes = b"",
+        limits: DocumentLimits = DEFAULT_DOCUMENT_LIMITS,
+    ) -> None:
+        """Read what the store kept. `chain` shows others that this node may write."""
+        self._signer = signer
+        self._store = store
+        self._may_write = may_write
+        self._chain = chain
+        self._limits = limits
+        self._documents: dict[PeerId, Document] = {}
+        self._saved: dict[PeerId, Position] = {}
+        self._sizes: dict[PeerId, int] = {}
+        self._bytes = 0
+        self._written: dict[str, None] = {}
+        self.vector = StateVector()
+        """Where this replica is with every author."""
+        self.on_changes: Callable[[Sequence[Fact]], None] | None = None
+        """Called with the changes of each part or write, once somebody set it."""
+        self.refused: dict[str, int] = {}
+        """Parts that were not taken, by reason."""
+        for whole in store.load():
+            try:
+                self._put(Document.of(whole))
+                self._saved[whole.head.author] = whole.head.position
+            except (RemoteProtocolError, Unfit):
+                self._count("damaged")
+                store.forget(whole.head.author)
+        own = self._documents.get(signer.peer_id)
+        if own is not None and own.chain != chain:
+            self.compact()
+
+    # --- reading
+
+    def position(self, author: PeerId) -> Position:
+        """How far `author`'s document is here."""
+        document = self._documents.get(author)
+        return NOWHERE if document is None else document.position
+
+    @property
+    def size(self) -> int:
+        """Bytes of all snapshots and logs."""
+        return self._bytes
+
+    def document(self, author: PeerId) -> Document | None:
+        """What is held of `author`. Do not change it."""
+        return self._documents.get(author)
+
+    def read(self, prefix: str) -> list[Fact]:
+        """The merged view: what all authors say under keys that start so, ordered by (key, author)."""
+        found = [
+            Fact(author, key, value)
+            for author, document in self._documents.items()
+            for key, value in document.live.items()
+            if key.startswith(prefix)
+        ]
+        return sorted(found, key=lambda fact: (fact.key, fact.author))
+
+    # --- writing
+
+    def write(self, changes: Mapping[str, bytes | None]) -> Position | None:
+        """Set keys of the own document (None deletes); kept when this returns. The position before, for
+        telling others; None where nothing changed.
+
+        Raises `LimitExceeded` where the document would outgrow its bounds, or what the store raises: then
+        nothing was written.
+        """
+        self._check(changes)
+        own = self._documents.get(self._signer.peer_id) or self._begun()
+        before, old = self.position(self._signer.peer_id), own.live
+        update = own.write(changes)
+        if not update:
+            return None
+        try:
+            self._check_size(own)
+            at = Position(own.head.epoch, own.head.sequence + 1)
+            head = self._sign(at, next_digest(own.head.digest, [update]))
+            self._save(Part(head, 0, own.snapshot, (*own.log, update), own.chain), durable=True)
+        except BaseException:
+            own.undo()
+            raise
+        own.settle(head, [update])
+        self._put(own)
+        self._remember(changes)
+        self._tell(own, old)
+        longest = max(self._limits.log_bytes, len(own.snapshot))
+        if own.log_bytes > longest or len(own.log) >= self._limits.log_updates:
+            self.compact()
+        return before
+
+    def compact(self) -> None:
+        """Let the own document forget its history. Others who have all of it need not be sent anything."""
+        own = self._documents.get(self._signer.peer_id)
+        if own is None or (not own.log and own.chain == self._chain):
+            return
+        compacted = own.compacted(self._next_epoch(own.position.epoch), self._sign, self._chain)
+        self._save(compacted.whole(), durable=True)
+        self._put(compacted)
+
+    def _begun(self) -> Document:
+        epoch = self._next_epoch(0)
+        return Document(self._sign(Position(epoch, 0), first_digest(epoch, b"")), b"", (), self._chain)
+
+    def _next_epoch(self, last: int) -> int:
+        return max(last + 1, int(self._signer.wall() * 1000))
+
+    def _remember(self, changes: Mapping[str, bytes | None]) -> None:
+        """Which keys were written since the start, the latest ones."""
+        for key in changes:
+            self._written.pop(key, None)
+            self._written[key] = None
+        while len(self._written) > self._limits.log_updates:
+            del self._written[next(iter(self._written))]
+
+    def _sign(self, position: Position, digest: bytes) -> Head:
+        author = self._signer.peer_id
+        return Head(author, *position, digest, self._signer.sign(head_bytes(author, position, digest)))
+
+    def _check(self, changes: Mapping[str, bytes | None]) -> None:
+        for key, value in changes.items():
+            if not 0 < len(key) <= self._limits.key_chars:
+                raise LimitExceeded(
+                    f"a key has 1 to {self._limits.key_chars} characters (documents.key_chars)"
+                )
+            if value is not None and len(value) > self._limits.value_bytes:
+                raise LimitExceeded(
+                    f"{key}: {len(value)} bytes, more than documents.value_bytes ="
+                    f" {self._limits.value_bytes}; keep large things as blocks"
+                )
+
+    def _check_size(self, own: Document) -> None:
+        live = sum(len(key.encode()) + len(value) + 16 for key, value in own.live.items())
+        if live > self._limits.content_bytes:
+            raise LimitExceeded(
+                f"this node's document would hold {live} bytes, more than documents.content_bytes ="
+                f" {self._limits.content_bytes}; delete keys first"
+            )
+
+    # --- taking in
+
+    def take(self, part: Part) -> Taken:
+        """Take in what a peer passed on."""
+        author = part.head.author
+        document = self._documents.get(author)
+        if document is not None and part.head.position <= document.position:
+            if part.head.position == document.position and part.head.digest != document.head.digest:
+                self._count("forked")
+            return Taken.KNOWN
+        if document is None and part.snapshot is None:
+            return Taken.GAP
+        old: Mapping[str, bytes] = {}
+        if document is not None and (self.on_changes is not None or author == self._signer.peer_id):
+            old = document.live
+        try:
+            self._admit(part, document)
+            now = Document.of(part) if document is None else document.continued(part)
+        except Unfit:
+            return Taken.GAP
+        except Refusal as refusal:
+            self._count(refusal.reason)
+            return Taken.REFUSED
+        except RemoteProtocolError as error:
+            self._count("forged" if isinstance(error, Forged) else "malformed")
+            return Taken.REFUSED
+        self._save(now.whole(), durable=False)
+        self._put(now)
+        if author == self._signer.peer_id:
+            self._recover(now, old)
+        self._tell(now, old)
+        return Taken.NEWS
+
+    def _recover(self, own: Document, old: Mapping[str, bytes]) -> None:
+        """The own document came back from others: what was written since the start stands on top of it."""
+        self._count("recovered")
+        again = {key: old.get(key) for key in self._written if old.get(key) != own.live.get(key)}
+        if again:
+            self.write(again)
+
+    def _admit(self, part: Part, document: Document | None) -> None:
+        """Raise `Refusal` for a part that must not be looked into."""
+        head, limits = part.head, self._limits
+        if not (0 < head.epoch < POSITION_MAX and 0 <= part.start <= head.sequence < POSITION_MAX):
+            raise Refusal("malformed")
+        if not all(part.updates):
+            raise Refusal("malformed")
+        held = 0 if document is None or part.snapshot is not None else document.size
+        if held + part.size > limits.document_bytes or len(part.chain) > limits.chain_bytes:
+            raise Refusal("oversized")
+        if document is None and len(self._documents) >= limits.authors:
+            raise Refusal("full")
+        replaced = self._sizes.get(head.author, 0) if part.snapshot is not None else 0
+        if self._bytes - replaced + part.size > limits.total_bytes:
+            raise Refusal("full")
+        chain = part.chain if part.chain or document is None else document.chain
+        if not self._may_write(head.author, chain):
+            raise Refusal("foreign")
+        if not self._signer.verify(head.author, head.signed_bytes(), head.signature):
+            raise Refusal("forged")
+
+    def _save(self, whole: Part, *, durable: bool) -> None:
+        author = whole.head.author
+        self._store.save(whole, self._saved.get(author), durable=durable)
+        self._saved[author] = whole.head.position
+
+    def _put(self, document: Document) -> None:
+        author = document.head.author
+        self._documents[author] = document
+        self._bytes += document.size - self._sizes.get(author, 0)
+        self._sizes[author] = document.size
+        self.vector.put(author, document.position)
+
+    def _tell(self, document: Document, old: Mapping[str, bytes]) -> None:
+        if self.on_changes is None:
+            return
+        author, live = document.head.author, document.live
+        changes = [Fact(author, key, value) for key, value in live.items() if old.get(key) != value]
+        changes += [Fact(author, key, None) for key in old if key not in live]
+        if changes:
+            self.on_changes(sorted(changes, key=lambda fact: fact.key))
+
+    def _count(self, reason: str) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
+    # --- giving out
+
+    def since(self, author: PeerId, position: Position) -> list[Part]:
+        """What somebody lacks of `author` who is at `position`, in the order to take it."""
+        document = self._documents.get(author)
+        if document is None or document.position <= position:
+            return []
+        return document.since(position)
+
+    def missing(self, vector: Vector) -> Missing:
+        """What a peer lacks that is where `vector` says, as much as fits; and what this node lacks of it."""
+        here = self.vector.of(vector.buckets)
+        parts: list[Part] = []
+        size, is_all = 0, True
+        for author in sorted(here):
+            found = self.since(author, Position(*vector.positions.get(author, NOWHERE)))
+            if parts and size + sum(part.size for part in found) > self._limits.reply_bytes:
+                is_all = False
+                break
+            size += sum(part.size for part in found)
+            parts += found
+        wants = {
+            author: here.get(author, NOWHERE)
+            for author, position in sorted(vector.positions.items())
+            if Position(*position) > here.get(author, NOWHERE)
+        }
+        return Missing(parts, is_all, wants)

@@ -1,0 +1,155 @@
+"""Where documents are kept: SQLite, one transaction for each change.
+
+Write-ahead logging: a process that is killed at any moment leaves a database that holds every transaction
+that was committed and nothing of one that was not. Own changes are synced to the disk before the write
+returns, so they survive a loss of power too; what came from others can come again, and is synced at
+checkpoints only.
+
+A document's head, its snapshot and its log lie apart, so that one more update writes that update and a head.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from mycel.dht.doc.message import Head, Part, Position
+from mycel.protocol.errors import UsageProblem
+from mycel.protocol.mesh import PeerId
+
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE head (author TEXT PRIMARY KEY, epoch INTEGER, sequence INTEGER, digest BLOB, signature BLOB);
+CREATE TABLE snapshot (author TEXT PRIMARY KEY, content BLOB, chain BLOB);
+CREATE TABLE log (author TEXT, sequence INTEGER, content BLOB, PRIMARY KEY (author, sequence)) WITHOUT ROWID;
+"""
+_BUSY_S = 5.0
+
+
+class DocumentStore(Protocol):
+    """Keeps documents over restarts."""
+
+    def load(self) -> list[Part]:
+        """Every document, whole, ordered by author."""
+
+    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+        """Keep a document, of which `kept` was kept before. On return it is safe from the process's death,
+        and from a loss of power where `durable`.
+        """
+
+    def forget(self, author: PeerId) -> None:
+        """Keep this author's document no longer."""
+
+
+class VolatileStore:
+    """Keeps documents as long as this object lives: simulated disks, and nodes that want none."""
+
+    def __init__(self) -> None:
+        self._documents: dict[PeerId, Part] = {}
+
+    def load(self) -> list[Part]:
+        """See `DocumentStore.load`."""
+        return [self._documents[author] for author in sorted(self._documents)]
+
+    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+        """See `DocumentStore.save`."""
+        self._documents[whole.head.author] = whole
+
+    def forget(self, author: PeerId) -> None:
+        """See `DocumentStore.forget`."""
+        self._documents.pop(author, None)
+
+
+class SqliteStore:
+    """Keeps documents in one SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file at `path`. Raises `UsageProblem` for a file that is none of ours."""
+        self._path = path
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(str(error)) from None
+
+    def _prepare(self) -> None:
+        with self._transaction():
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.strip().splitlines():
+                    self._database.execute(statement)
+                self._database.execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION:
+                raise self._unusable(f"it is of version {version}, this program reads {VERSION}")
+
+    def _unusable(self, why: str) -> UsageProblem:
+        return UsageProblem(
+            f"{self._path} cannot be used: {why}; move it away, and documents come again from peers"
+        )
+
+    @contextmanager
+    def _transaction(self, *, durable: bool = True) -> Iterator[None]:
+        self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def load(self) -> list[Part]:
+        """See `DocumentStore.load`. Raises `UsageProblem` for a damaged file."""
+        try:
+            return list(self._read())
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(str(error)) from None
+
+    def _read(self) -> Iterator[Part]:
+        heads = self._database.execute(
+            "SELECT author, epoch, sequence, digest, signature, content, chain"
+            " FROM head JOIN snapshot USING (author) ORDER BY author"
+        ).fetchall()
+        for author, epoch, sequence, digest, signature, snapshot, chain in heads:
+            rows = self._database.execute(
+                "SELECT content FROM log WHERE author = ? ORDER BY sequence", (author,)
+            )
+            head = Head(author, epoch, sequence, digest, signature)
+            yield Part(head, 0, snapshot, tuple(content for (content,) in rows), chain)
+
+    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+        """See `DocumentStore.save`."""
+        head = whole.head
+        author = head.author
+        with self._transaction(durable=durable):
+            if kept is None or kept.epoch != head.epoch or kept.sequence > head.sequence:
+                self._database.execute("DELETE FROM log WHERE author = ?", (author,))
+                self._database.execute(
+                    "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)", (author, whole.snapshot, whole.chain)
+                )
+                first = 0
+            else:
+                first = kept.sequence
+            self._database.executemany(
+                "INSERT INTO log VALUES (?, ?, ?)",
+                [(author, number, whole.updates[number]) for number in range(first, head.sequence)],
+            )
+            self._database.execute(
+                "INSERT OR REPLACE INTO head VALUES (?, ?, ?, ?, ?)",
+                (author, head.epoch, head.sequence, head.digest, head.signature),
+            )
+
+    def forget(self, author: PeerId) -> None:
+        """See `DocumentStore.forget`."""
+        with self._transaction(durable=False):
+            for table in ("head", "snapshot", "log"):
+                self._database.execute(f"DELETE FROM {table} WHERE author = ?", (author,))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
