@@ -70,6 +70,8 @@ def test_everybody_reaches_everybody(town: dict[str, Daemon]) -> None:
     except AssertionError:
         assert found == wanted  # shows the difference
         raise
+    shown = town["symmetric"].json("peers")
+    assert {peer["label"]: peer["path"] for peer in shown} == wanted["symmetric"]
     assert [daemon.stop() for daemon in town.values()] == [0] * len(town)
 
 
@@ -99,7 +101,7 @@ def test_a_model_runs_over_relayed_connections(town: dict[str, Daemon], tmp_path
     owner = town["carrier"]
 
     def is_ready() -> bool:
-        found = [one for one in owner.json("models") if one["complete"]]
+        found = [one for one in owner.ask("models") if one["complete"]]
         return bool(found) and all(holder["state"] == "ready" for holder in found[0]["holders"])
 
     until("the whole model is there", READY_S, is_ready)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mycel.node.client import Client
 from netlab.space import Space
 
 STOP_S = 15.0
+ANSWER_S = 10.0
 POLL_S = 0.1
 
 
@@ -54,9 +56,13 @@ class Daemon:
         """The JSON that a command prints."""
         return json.loads(self.run(*command, "--json"))
 
+    def ask(self, what: str) -> Any:
+        """What the daemon tells the command line, without starting one: "peers", "models", "status"."""
+        return self.space.do(lambda: Client(self.home, timeout_s=ANSWER_S).get(what))
+
     def paths(self) -> dict[str, str]:
         """How each connected peer is reached, by its label."""
-        return {peer["label"]: peer["path"] for peer in self.json("peers")}
+        return {peer["label"]: peer["path"] for peer in self.ask("peers")}
 
     def stop(self) -> int:
         """SIGTERM, and what it exited with; -9 where it had to be killed."""
