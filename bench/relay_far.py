@@ -18,7 +18,7 @@ from mycel.node.reach.relay_client import RelayClient
 from mycel.node.reach.relay_server import RelayServer
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import RelayLimits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access
 
 UNBOUND = RelayLimits(bytes_per_s=0, bytes_per_s_per_peer=0)

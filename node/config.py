@@ -15,7 +15,8 @@ from typing import Any
 from multiaddr import Multiaddr
 
 from mycel.protocol.errors import UsageProblem
-from mycel.protocol.limits import DEFAULT_LIMITS, DEFAULT_RELAY_LIMITS, MIB, Limits, RelayLimits
+from mycel.protocol.limits import DEFAULT_LIMITS, MIB, Limits
+from mycel.protocol.limits_reach import DEFAULT_RELAY_LIMITS, RelayLimits
 
 DEFAULT_HOME = "~/.mycel"
 

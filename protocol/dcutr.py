@@ -28,7 +28,7 @@ from multiaddr import Multiaddr
 from mycel.protocol import varint
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.identify import read_addrs
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS, PunchLimits
 from mycel.protocol.pb import dcutr_pb2
 
 PROTOCOL = "/libp2p/dcutr"

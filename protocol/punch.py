@@ -36,7 +36,7 @@ import msgspec
 
 from mycel.protocol.aim import Aim, take_aim
 from mycel.protocol.errors import MycelError, RemoteProtocolError
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS, PunchLimits
 
 PROTOCOL = "/mycel/punch/1"
 SHARE_BYTES = 32

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from mycel.protocol.limits import RelayLimits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rate import Bucket
 from mycel.protocol.relay import Limit, Status

@@ -30,7 +30,7 @@ from mycel.protocol import dcutr
 from mycel.protocol.address import circuit_of, endpoint_of, is_circuit
 from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.errors import AddressError, MycelError, RemoteProtocolError, single_failure
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS, PunchLimits
 from mycel.protocol.mesh import Access, PathKind, PeerId, Stream
 from mycel.protocol.network import Network, Pipe
 from mycel.protocol.punch import PunchFailed

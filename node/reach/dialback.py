@@ -18,7 +18,7 @@ from mycel.protocol.address import endpoint_of, tcp_addr
 from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.dialback import Call, CallBy, Knock, Outcome, Request
 from mycel.protocol.errors import AddressError, MycelError
-from mycel.protocol.limits import DEFAULT_REACH_LIMITS, ReachLimits
+from mycel.protocol.limits_reach import DEFAULT_REACH_LIMITS, ReachLimits
 from mycel.protocol.mesh import Access, PathKind, PeerId, Stream
 from mycel.protocol.network import Network
 

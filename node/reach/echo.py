@@ -27,7 +27,7 @@ from mycel.protocol.address import endpoint_of, tcp_addr
 from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.echo import Mapped as Mapped
 from mycel.protocol.errors import AddressError, MycelError, PipeBroken, RemoteProtocolError
-from mycel.protocol.limits import DEFAULT_REACH_LIMITS, ReachLimits
+from mycel.protocol.limits_reach import DEFAULT_REACH_LIMITS, ReachLimits
 from mycel.protocol.mesh import PathKind, PeerId, Stream
 from mycel.protocol.network import Listener, Network, Pipe
 

@@ -21,7 +21,7 @@ from mycel.node.reach.meet import Doorstep
 from mycel.node.reach.outward import ip_of
 from mycel.protocol.address import endpoint_of
 from mycel.protocol.errors import MycelError
-from mycel.protocol.limits import PunchLimits
+from mycel.protocol.limits_reach import PunchLimits
 from mycel.protocol.mesh import Access, PathKind, PeerId
 
 SERVERS_MAX = 3

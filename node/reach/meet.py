@@ -20,7 +20,7 @@ from multiaddr import Multiaddr
 from mycel.node.reach.exchange import receive_exactly, send_all
 from mycel.protocol.address import endpoint_of
 from mycel.protocol.errors import AddressError, DialError, PipeBroken, RemoteProtocolError
-from mycel.protocol.limits import PunchLimits
+from mycel.protocol.limits_reach import PunchLimits
 from mycel.protocol.network import Listener, Network, Pipe
 from mycel.protocol.proof import CHOSEN, Proof, Stranger
 

@@ -31,7 +31,7 @@ from mycel.protocol.errors import (
     RemoteProtocolError,
     single_failure,
 )
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS, PunchLimits
 from mycel.protocol.mesh import Access, PathKind, PeerId, Stream
 from mycel.protocol.network import Network
 from mycel.protocol.proof import NONCE_BYTES, Proof, proof_key

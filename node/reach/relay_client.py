@@ -26,7 +26,7 @@ from mycel.protocol import relay
 from mycel.protocol.address import circuit_of, endpoint_of, peer_of
 from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.errors import AddressError, DialError, MycelError, RemoteProtocolError
-from mycel.protocol.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from mycel.protocol.limits_reach import DEFAULT_RELAY_LIMITS, RelayLimits
 from mycel.protocol.mesh import Access, PathKind, PeerDown, PeerId, PeerInfo, Stream
 from mycel.protocol.network import Pipe
 from mycel.protocol.relay import HOP, MESSAGE_BYTES_MAX, STOP, Kind, Message, Reservation, Status

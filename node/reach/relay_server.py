@@ -24,7 +24,7 @@ from mycel.protocol import relay
 from mycel.protocol.delimited import receive_prefixed
 from mycel.protocol.errors import MycelError, RemoteProtocolError
 from mycel.protocol.keys import key_of
-from mycel.protocol.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from mycel.protocol.limits_reach import DEFAULT_RELAY_LIMITS, RelayLimits
 from mycel.protocol.mesh import Access, PathKind, PeerDown, PeerId, Stream
 from mycel.protocol.relay import HOP, MESSAGE_BYTES_MAX, STOP, Kind, Limit, Message, Reservation, Status
 from mycel.protocol.relay_book import Book, Booked

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from multiaddr import Multiaddr
 
-from mycel.protocol.limits import RelayLimits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import PeerId
 
 RENEWAL_MIN_S = 5.0

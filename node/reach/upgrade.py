@@ -30,7 +30,7 @@ from mycel.node.reach.upgrade_plan import Punch, Return, UpgradePlan
 from mycel.protocol import dcutr
 from mycel.protocol.address import circuit_of, is_circuit
 from mycel.protocol.errors import AddressError, LimitExceeded, MycelError, Refused
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS, PunchLimits
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS, PunchLimits
 from mycel.protocol.mesh import Access, PathKind, PeerDown, PeerId, PeerInfo
 from mycel.protocol.network import Network
 from mycel.protocol.punch import PunchFailed

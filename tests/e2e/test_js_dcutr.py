@@ -22,7 +22,7 @@ from mycel.node.tcp import TcpNetwork
 from mycel.protocol import dcutr
 from mycel.protocol.address import endpoint_of
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS
 from mycel.protocol.mesh import Access, PathKind
 
 ECHO = "/mycel-test/echo/1"

@@ -40,7 +40,8 @@ from mycel.node.host import Host
 from mycel.node.reach.relay_server import RelayServer
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import Limits, RelayLimits
+from mycel.protocol.limits import Limits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access
 
 def peak():

@@ -11,7 +11,7 @@ from multiaddr import Multiaddr
 from mycel.protocol import dcutr, varint
 from mycel.protocol.dcutr import ATTEMPTS, Dial, Kind, Message, Say, Stop, Upgrade
 from mycel.protocol.errors import RemoteProtocolError
-from mycel.protocol.limits import PunchLimits
+from mycel.protocol.limits_reach import PunchLimits
 
 LIMITS = PunchLimits()
 A = (Multiaddr("/ip4/11.0.0.1/tcp/1"),)

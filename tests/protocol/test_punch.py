@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mycel.protocol import punch
 from mycel.protocol.errors import RemoteProtocolError
-from mycel.protocol.limits import PunchLimits
+from mycel.protocol.limits_reach import PunchLimits
 from mycel.protocol.punch import (
     Ask,
     End,

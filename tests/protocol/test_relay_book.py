@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mycel.protocol.limits import RelayLimits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rate import BURST_S, Bucket
 from mycel.protocol.relay import Limit, Status

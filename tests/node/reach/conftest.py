@@ -23,7 +23,7 @@ from mycel.node.running import Node
 from mycel.node.views import TicketAsk
 from mycel.protocol.identity import SigningKey
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from mycel.protocol.limits_reach import DEFAULT_RELAY_LIMITS, RelayLimits
 from mycel.protocol.membership import Credentials, found_swarm
 from mycel.protocol.mesh import Access, PeerId, Stream
 from mycel.protocol.ticket import parse_ticket

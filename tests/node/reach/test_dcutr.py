@@ -11,7 +11,7 @@ from mycel.node.reach.echo import Echo
 from mycel.node.reach.locate import Locator
 from mycel.protocol import dcutr
 from mycel.protocol.address import endpoint_of, tcp_addr
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS
 from mycel.protocol.mesh import Access, PathKind
 from mycel.protocol.punch import PunchFailed
 

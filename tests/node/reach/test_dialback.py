@@ -10,7 +10,7 @@ from mycel.node.reach.dialback import DialBack
 from mycel.protocol import dialback as wire
 from mycel.protocol.address import tcp_addr
 from mycel.protocol.errors import RemoteProtocolError
-from mycel.protocol.limits import DEFAULT_REACH_LIMITS
+from mycel.protocol.limits_reach import DEFAULT_REACH_LIMITS
 
 
 async def make(world, name, **options):

@@ -15,7 +15,7 @@ from mycel.node.tcp import TcpNetwork
 from mycel.protocol import echo as wire
 from mycel.protocol.address import tcp_addr
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import DEFAULT_REACH_LIMITS
+from mycel.protocol.limits_reach import DEFAULT_REACH_LIMITS
 from mycel.protocol.mesh import Access
 
 LOCAL = Multiaddr("/ip4/0.0.0.0/tcp/5555")

@@ -15,7 +15,7 @@ from mycel.protocol import echo as wire
 from mycel.protocol import punch
 from mycel.protocol.address import endpoint_of, tcp_addr
 from mycel.protocol.errors import PipeBroken
-from mycel.protocol.limits import DEFAULT_PUNCH_LIMITS
+from mycel.protocol.limits_reach import DEFAULT_PUNCH_LIMITS
 from mycel.protocol.mesh import Access, PathKind
 from mycel.protocol.punch import PunchFailed
 

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from mycel.protocol.errors import ConnectionLost, DialError, StreamReset
-from mycel.protocol.limits import MIB, RelayLimits
+from mycel.protocol.limits import MIB
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access, PathKind, PeerDown
 
 STRANGER = Access.STRANGER

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from multiaddr import Multiaddr
 
 from mycel.node.reach.reservations import Candidate, Reservations
-from mycel.protocol.limits import RelayLimits
+from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import PeerId
 
 LIMITS = RelayLimits(retry_s=1.0, retry_max_s=16.0)

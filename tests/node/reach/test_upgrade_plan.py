@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mycel.node.reach.upgrade_plan import Punch, Return, UpgradePlan
-from mycel.protocol.limits import PunchLimits
+from mycel.protocol.limits_reach import PunchLimits
 from mycel.protocol.mesh import PathKind, PeerId
 
 LIMITS = PunchLimits()
