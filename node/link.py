@@ -53,11 +53,11 @@ class Link:
     ) -> None:
         """A link over `pipe`; `ephemeral` is 32 fresh random bytes."""
         now = trio.current_time()
+        setup = owner.setup.nested() if is_circuit(pipe.remote) else owner.setup
         self._owner = owner
         self._pipe = pipe
-        setup = owner.setup.nested() if is_circuit(pipe.remote) else owner.setup
         self._connection = Connection(setup, self, expected=expected, dialer=dialer, ephemeral=ephemeral)
-        self._keepalive = Keepalive(owner.limits, now)
+        self._keepalive = Keepalive(setup.limits, now)
         self._corked = False
         self._blocked = False
         self._turns = 0
@@ -67,7 +67,7 @@ class Link:
         self._slots = trio.lowlevel.ParkingLot()
         self._changed = trio.lowlevel.ParkingLot()
         self._gate: Gate | None = None
-        self.limits = owner.limits
+        self.limits = setup.limits
         self.dialer = dialer
         self.is_relayed = is_circuit(pipe.remote)
         self.since = now

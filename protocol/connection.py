@@ -28,6 +28,9 @@ from mycel.protocol.session import Session
 
 _MUXERS = (yamux.PROTOCOL,)
 
+NESTED_PATIENCE = 4.0
+"""How many times longer a connection through a relay may be silent: 256 KiB at 32 KiB/s wait for 8 s."""
+
 
 class Observer(SessionObserver, Protocol):
     """Who is told what happens on a connection."""
@@ -58,8 +61,13 @@ class Setup:
     """Plaintext of one Noise message."""
 
     def nested(self) -> Setup:
-        """The same for connections within a stream of another one."""
-        return replace(self, message_max=NESTED_PLAINTEXT_MAX)
+        """The same for connections within a stream of another one, through a relay.
+
+        There a ping waits behind all that the relay holds back for its rates, and whoever dies is missed by
+        the relay first: silence proves less and matters less.
+        """
+        limits = replace(self.limits, silence_s=NESTED_PATIENCE * self.limits.silence_s)
+        return replace(self, limits=limits, message_max=NESTED_PLAINTEXT_MAX)
 
 
 class Connection:

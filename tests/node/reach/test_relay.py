@@ -8,9 +8,12 @@ import pytest
 import trio
 
 from mycel.protocol.errors import ConnectionLost, DialError, StreamReset
-from mycel.protocol.limits import MIB
+from mycel.protocol.limits import KIB, MIB
 from mycel.protocol.limits_reach import RelayLimits
 from mycel.protocol.mesh import Access, PathKind, PeerDown
+from mycel.protocol.method import Method
+from mycel.protocol.rpc import Rpc
+from mycel.protocol.tensor import Tensor
 
 STRANGER = Access.STRANGER
 
@@ -37,6 +40,31 @@ def test_a_peer_that_listens_nowhere_is_reached_through_a_relay(play_relays):
         assert server.reservations == 1
         assert server.circuits == 1
         assert server.forwarded > 6_400_000
+
+    play_relays(scenario)
+
+
+def test_calls_with_tensors_run_over_a_relay_both_ways(play_relays):
+    async def scenario(world):
+        _, server, hidden, client, caller = await world.trio()
+        rpcs = [Rpc(host) for host in (hidden, caller)]
+        double = Method("test.double", Tensor, Tensor)
+
+        def answer(call, request):
+            return Tensor(request.dtype, (2, *request.shape), bytes(request.data) * 2)
+
+        for rpc in rpcs:
+            await world.nursery.start(rpc.run)
+            rpc.serve(double, answer, inline=True)
+        await caller.connect(through(client, hidden))
+        await world.up(hidden, caller.peer_id)
+        for size in (8, 1000, 1_000_000):
+            rows = Tensor("float32", (size,), bytes(range(256)) * (size // 64))
+            rows = Tensor("float32", (len(rows.data) // 4,), rows.data)
+            for rpc, peer in zip(rpcs, (caller.peer_id, hidden.peer_id), strict=True):
+                got = await rpc.call(peer, double, rows, deadline_s=20)
+                assert bytes(got.data) == bytes(rows.data) * 2
+        assert server.forwarded > 6 * 4_000_000
 
     play_relays(scenario)
 
@@ -300,5 +328,25 @@ def test_a_reader_who_pauses_stops_the_writer_through_the_relay(play_relays):
         assert scope.cancelled_caught
         assert server.forwarded < 2 * MIB
         assert await caller.ping(hidden.peer_id) < 1  # the connection itself is not stuck
+
+    play_relays(scenario)
+
+
+def test_a_rate_far_below_what_is_sent_does_not_look_like_silence(play_relays):
+    async def scenario(world):
+        _, _, hidden, client, caller = await world.trio(limits=RelayLimits(bytes_per_s=32 * KIB))
+        done = []
+
+        async def sink(stream):
+            while data := await stream.receive_some():
+                done.append(len(data))
+            await stream.send(b"!")
+
+        hidden.serve_stream("/sink", sink, access=STRANGER)
+        await caller.connect(through(client, hidden))
+        stream = await caller.open_stream(hidden.peer_id, "/sink")
+        await stream.send(bytes(2 * MIB), end=True)
+        assert await stream.receive_exactly(1) == b"!"
+        assert sum(done) == 2 * MIB
 
     play_relays(scenario)
