@@ -125,9 +125,15 @@ def missing() -> str | None:
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "/dev/net/tun cannot be opened, and the latency between sites comes from it"
     try:
-        Space("trial").close()
+        space = Space("trial")
     except (LabError, OSError) as error:
         return f"this machine does not let root make network namespaces: {error}"
+    try:
+        space.command("nft", "add", "table", "ip", "trial")
+    except LabError as error:
+        return f"this kernel does not take nft's rules: {error}"
+    finally:
+        space.close()
     return None
 
 
