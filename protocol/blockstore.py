@@ -5,6 +5,7 @@ compute/ needs just this of where model files come from; dht/ implements it on d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from mycel.protocol.cid import Cid
@@ -25,13 +26,13 @@ class BlockStore(Protocol):
         """The block, None where it is not here. What is damaged is not here, and is removed."""
 
     async def put(self, cid: Cid, data: bytes) -> None:
-        """Keep a block. When this returns, a crash does not lose it.
+        """Keep a block. When this returns, the end of this process does not lose it.
 
         Raises `CorruptBlock` where `data` is not `cid`'s content, `LimitExceeded` where there is no room.
         """
 
-    def pin(self, name: str, cids: list[Cid]) -> None:
+    async def pin(self, name: str, cids: Sequence[Cid]) -> None:
         """Keep these, also those still to come, whatever else is evicted; replaces what `name` pinned."""
 
-    def unpin(self, name: str) -> None:
+    async def unpin(self, name: str) -> None:
         """Let go what `name` pinned; nothing happens where it pinned nothing."""

@@ -308,17 +308,14 @@ class BlockLimits:
     peers: int = 32
     """Peers that one fetch talks to at once."""
 
-    uploads: int = 64
-    """Peers that are served at once, one stream each..."""
+    uploads: int = 32
+    """Streams that are served at once, each with one block in memory: 64 MiB..."""
 
     uploads_per_peer: int = 4
-    """...or a few: several fetches of one peer."""
+    """...and of one peer: several fetches at once."""
 
     asked: int = 256
     """Blocks asked for and not answered, of one stream."""
-
-    sending: int = 8
-    """Blocks read and being sent at once, all peers together: 16 MiB."""
 
     storing: int = 4
     """Blocks being checked and written at once, of one fetch."""
@@ -335,6 +332,15 @@ class BlockLimits:
     stall_s: float = 10.0
     """A peer that sends nothing for so long is asked for nothing more until it does, and what it was asked
     for is asked of others: a block on a line of 2 Mbit/s takes 8 s."""
+
+    patience_s: float = 60.0
+    """How long a fetch waits for its next block, from whomever, before it gives up."""
+
+    retry_s: float = 2.0
+    """Before a peer that ended its stream is asked again."""
+
+    liars: int = 4096
+    """Peers remembered for a corrupt block, the latest ones."""
 
     message_bytes: int = 4 * MIB
     """One message of the exchange, blocks apart: the names of `wants` blocks take 2.25 MiB."""

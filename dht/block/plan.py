@@ -166,7 +166,9 @@ class Plan:
 
     def on_arrival(self, peer: PeerId, cid: Cid, now: float) -> None:
         """A block came, to be checked; it counts for its sender's pace."""
-        source = self._sources[peer]
+        source = self._sources.get(peer)
+        if source is None:
+            return
         nbytes = source.asked.get(cid, 0)
         took = max(now - source.since, 1e-6)
         sample = nbytes / took
