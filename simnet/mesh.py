@@ -121,6 +121,13 @@ class MeshWorld:
         node.crash()
         self._by_host.pop((node.host, PORT), None)
 
+    def restart(self, node: SimMesh) -> SimMesh:
+        """The killed program starts again: the same identity at the same address, and nothing else of it."""
+        again = SimMesh(self, node.index, node.name, node.access, node.swarm)
+        self.nodes[again.peer_id] = again
+        self._by_host[again.host, PORT] = again
+        return again
+
     def _release(self) -> None:
         for node in self.nodes.values():
             node.release_held()

@@ -77,6 +77,7 @@ class SimMesh:
     def __init__(self, world: MeshWorld, index: int, name: str, access: Access, swarm: str) -> None:
         seed = f"{world.options.seed} {index} {name}".encode()
         self.world = world
+        self.index = index
         self.name = name
         self.access = access
         self.swarm = swarm
