@@ -15,12 +15,12 @@ import msgspec
 import trio
 from trio import TaskStatus
 
+from mycel.dht.changes import Changes
 from mycel.dht.facts import FACTS_PER_AUTHOR_MAX, KEY_CHARS_MAX, VALUE_BYTES_MAX, Facts, Statement, check
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import (
     ConnectionLost,
     LimitExceeded,
-    LocalProtocolError,
     Refused,
     RemoteProtocolError,
     StreamReset,
@@ -47,8 +47,8 @@ class PushBoard:
         self._mesh = mesh
         self._facts = Facts()
         self._sequence = int(mesh.wall() * 1000)
-        self._listeners: dict[int, _Changes] = {}  # of watchers: all authors
-        self._outboxes: dict[PeerId, _Changes] = {}  # of peers: own facts
+        self._listeners: dict[int, Changes] = {}  # of watchers: all authors
+        self._outboxes: dict[PeerId, Changes] = {}  # of peers: own facts
         self._inbound: dict[PeerId, Stream] = {}
         mesh.serve_stream(BOARD_PROTOCOL, self._listen)
 
@@ -73,7 +73,7 @@ class PushBoard:
 
     @asynccontextmanager
     async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
-        changes = _Changes(prefix)
+        changes = Changes(prefix)
         self._listeners[id(changes)] = changes
         try:
             yield changes
@@ -108,7 +108,7 @@ class PushBoard:
                 if peer in pushes:
                     pushes.pop(peer).cancel()
                 if access >= Access.SUBMIT:
-                    self._outboxes[peer] = _Changes("")
+                    self._outboxes[peer] = Changes("")
                     pushes[peer] = trio.CancelScope()
                     nursery.start_soon(self._push, peer, pushes[peer])
 
@@ -133,7 +133,7 @@ class PushBoard:
         """Tell `peer` everything, then every change; begin again when it ends the stream but stays."""
         with scope:
             while True:
-                outbox = self._outboxes[peer] = _Changes("")
+                outbox = self._outboxes[peer] = Changes("")
                 for statement in self._facts.of(self._mesh.peer_id):
                     outbox.put(Fact(self._mesh.peer_id, statement.key, statement.value))
                 wait = RETRY_S
@@ -145,7 +145,7 @@ class PushBoard:
                     pass
                 await trio.sleep(wait)
 
-    async def _push_from(self, outbox: _Changes, stream: Stream) -> None:
+    async def _push_from(self, outbox: Changes, stream: Stream) -> None:
         stream.deliver_to(lambda data, error: None if data is not None else outbox.end(error))
         try:
             async for change in outbox:
@@ -183,43 +183,3 @@ class PushBoard:
             count += 1
             if count % FACTS_PER_AUTHOR_MAX == 0:
                 await trio.lowlevel.checkpoint()
-
-
-class _Changes:
-    """Changes that one reader has not read: the latest of each fact, in the order they were made."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._waiting: dict[tuple[str, PeerId], Fact] = {}
-        self._news = trio.Event()
-        self._reading = False
-        self._ended: Exception | None = None
-
-    def end(self, error: Exception | None) -> None:
-        """Raise `error` at the reader, now and from now on."""
-        self._ended = error or StreamReset("the peer takes no more facts")
-        self._news.set()
-
-    def put(self, change: Fact) -> None:
-        """Add a change."""
-        if change.key.startswith(self._prefix):
-            self._waiting.pop((change.key, change.author), None)
-            self._waiting[change.key, change.author] = change
-            self._news.set()
-
-    def __aiter__(self) -> AsyncIterator[Fact]:
-        return self
-
-    async def __anext__(self) -> Fact:
-        if self._reading:
-            raise LocalProtocolError("two tasks read one watch")
-        self._reading = True
-        try:
-            while not self._waiting and self._ended is None:
-                self._news = trio.Event()
-                await self._news.wait()
-            if self._ended is not None:
-                raise self._ended
-            return self._waiting.pop(next(iter(self._waiting)))
-        finally:
-            self._reading = False
