@@ -65,7 +65,10 @@ class Taken(Enum):
     KNOWN = "known"
     GAP = "gap"
     """It does not continue what is here: ask for what is missing."""
+    UNWANTED = "unwanted"
+    """Refused for its author's sake, or for want of room: whoever passed it on did nothing wrong."""
     REFUSED = "refused"
+    """Refused for what it is: nobody who checks passes it on."""
 
 
 class Refusal(Exception):
@@ -225,7 +228,7 @@ class Replica:
     # --- taking in
 
     def take(self, part: Part) -> Taken:
-        """Take in what a peer passed on."""
+        """Take in what a peer passed on. Raises what the store raises; the part is here all the same."""
         author = part.head.author
         document = self._documents.get(author)
         if document is not None and part.head.position <= document.position:
@@ -244,12 +247,12 @@ class Replica:
             return Taken.GAP
         except Refusal as refusal:
             self._count(refusal.reason)
-            return Taken.REFUSED
+            return Taken.UNWANTED if refusal.reason in ("foreign", "full") else Taken.REFUSED
         except RemoteProtocolError as error:
             self._count("forged" if isinstance(error, Forged) else "malformed")
             return Taken.REFUSED
-        self._save(now.whole(), durable=False)
         self._put(now)
+        self._save(now.whole(), durable=False)  # where this fails, the next one keeps this part too
         if author == self._signer.peer_id:
             self._recover(now, old)
         self._tell(now, old)

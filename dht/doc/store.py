@@ -38,7 +38,7 @@ class DocumentStore(Protocol):
 
     def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
         """Keep a document, of which `kept` was kept before. On return it is safe from the process's death,
-        and from a loss of power where `durable`.
+        and from a loss of power where `durable`. Raises `UsageProblem` where it cannot be kept.
         """
 
     def forget(self, author: PeerId) -> None:
@@ -124,6 +124,12 @@ class SqliteStore:
 
     def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
         """See `DocumentStore.save`."""
+        try:
+            self._save(whole, kept, durable=durable)
+        except sqlite3.Error as error:
+            raise UsageProblem(f"{self._path}: {error}; see to it that its disk has room") from None
+
+    def _save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
         head = whole.head
         author = head.author
         with self._transaction(durable=durable):

@@ -180,7 +180,7 @@ def test_who_may_not_write_here_is_refused(signer_of: Signers) -> None:
     rb = Replica(b, VolatileStore(), lambda author, chain: chain == b"let in", limits=SMALL)
     ra.write({"k": b"1"})
     stranger.write({"k": b"2"})
-    assert rb.take(whole_of(stranger, signer_of(3))) is Taken.REFUSED
+    assert rb.take(whole_of(stranger, signer_of(3))) is Taken.UNWANTED
     assert rb.take(whole_of(ra, a)) is Taken.NEWS
     assert rb.refused == {"foreign": 1}
     ra.write({"k": b"3"})
@@ -210,9 +210,9 @@ def test_authors_and_bytes_are_bounded(signer_of: Signers) -> None:
         replica.write({"k": b"v" * 100})
         parts.append(whole_of(replica, signer))
     few = replica_of(signer_of(9), limits=replace(SMALL, authors=2))
-    assert [few.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.REFUSED] * 2
+    assert [few.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.UNWANTED] * 2
     tight = replica_of(signer_of(9), limits=replace(SMALL, total_bytes=300))
-    assert [tight.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.REFUSED] * 2
+    assert [tight.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.UNWANTED] * 2
     assert few.refused == tight.refused == {"full": 2}
     assert tight.size <= 300
 

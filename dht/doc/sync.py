@@ -1,0 +1,283 @@
+"""Documents between nodes: news is pushed, and what was missed is found by comparing.
+
+A node pushes what is new to it, its own writes and what it took from others, to a few neighbours chosen at
+random, one call at a time to each, so that a slow neighbour gets fewer and larger messages. Every two
+seconds, whenever a peer comes, and whenever a part does not continue what is here, it compares with one peer:
+one digest per bucket of authors, positions for the buckets that differ, then whatever either side lacks.
+So a partition, a lost message or a restart costs time and no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import trio
+
+from mycel.dht.changes import Changes
+from mycel.dht.doc.gossip import Outbox
+from mycel.dht.doc.message import (
+    COMPARE,
+    PUSH,
+    SYNC,
+    Compare,
+    Differing,
+    Missing,
+    Part,
+    Position,
+    PushParts,
+    PushReply,
+    Vector,
+)
+from mycel.dht.doc.replica import Replica, Taken
+from mycel.protocol.board import Fact
+from mycel.protocol.errors import ConnectionLost, LimitExceeded, MycelError
+from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.mesh import Access, Mesh, PeerId, PeerUp
+from mycel.protocol.method import Call
+from mycel.protocol.rpc import Rpc
+
+COMPARERS = 4
+"""Comparisons that this node makes at once: when everybody comes at once after a partition."""
+
+PARTS_AT_ONCE = 8
+"""Parts that are taken in before other tasks get their turn: a signature each, a millisecond together."""
+
+
+class Documents:
+    """The documents of a swarm at one node. `run` must be running for them to travel."""
+
+    def __init__(
+        self, mesh: Mesh, rpc: Rpc, replica: Replica, limits: DocumentLimits = DEFAULT_DOCUMENT_LIMITS
+    ) -> None:
+        self.replica = replica
+        self._mesh = mesh
+        self._rpc = rpc
+        self._limits = limits
+        self._outboxes: dict[PeerId, Outbox] = {}
+        self._pushes: dict[PeerId, trio.CancelScope] = {}
+        self._due: dict[PeerId, None] = {}
+        self._due_news = trio.Event()
+        self._faults: dict[PeerId, int] = {}
+        self._listeners: dict[int, Changes] = {}
+        self.sent_parts = 0
+        """Parts pushed or given out so far."""
+        replica.on_changes = self._tell
+        rpc.serve(PUSH, self._on_push)
+        rpc.serve(COMPARE, self._on_compare)
+        rpc.serve(SYNC, self._on_sync)
+
+    # --- reading and writing
+
+    def write(self, changes: Mapping[str, bytes | None]) -> None:
+        """Set keys of this node's document (None deletes); kept when this returns, and on its way to all.
+
+        Raises as `Replica.write`.
+        """
+        before = self.replica.write(changes)
+        if before is not None:
+            self._offer(self._mesh.peer_id, before)
+
+    def read(self, prefix: str) -> list[Fact]:
+        """What all authors say under keys that start so, ordered by (key, author)."""
+        return self.replica.read(prefix)
+
+    def watch(self, prefix: str) -> AbstractAsyncContextManager[AsyncIterator[Fact]]:
+        """Changes under `prefix` from the moment of entering; a slow reader gets the latest of each key."""
+        return self._watch(prefix)
+
+    @asynccontextmanager
+    async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
+        changes = Changes(prefix)
+        self._listeners[id(changes)] = changes
+        try:
+            yield changes
+        finally:
+            del self._listeners[id(changes)]
+
+    def _tell(self, facts: Sequence[Fact]) -> None:
+        for listener in self._listeners.values():
+            for fact in facts:
+                listener.put(fact)
+
+    # --- the service
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Push and compare until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(COMPARERS):
+                nursery.start_soon(self._compare_due)
+            nursery.start_soon(self._compare_now_and_then)
+            while True:
+                try:
+                    await self._follow_peers(nursery, task_status)
+                except LimitExceeded:  # too far behind: look at the peers anew
+                    task_status = trio.TASK_STATUS_IGNORED
+
+    async def _follow_peers(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        async with self._mesh.events() as events:
+            for peer in [peer for peer in self._outboxes if peer not in self._mesh.peers]:
+                self._forget(peer)
+            for info in list(self._mesh.peers.values()):
+                self._on_up(nursery, info.peer, info.access)
+            task_status.started()
+            async for event in events:
+                if isinstance(event, PeerUp):
+                    self._on_up(nursery, event.peer, event.access)
+                else:
+                    self._forget(event.peer)
+                    self._fill(nursery)
+
+    def _on_up(self, nursery: trio.Nursery, peer: PeerId, access: Access) -> None:
+        if access < Access.MEMBER:
+            return
+        if self._mesh.peer_id < peer:  # one of the two is enough
+            self._compare_soon(peer)
+        if peer in self._outboxes:
+            return
+        if len(self._outboxes) >= self._limits.push_peers:
+            # Each of n members should be among the chosen with the same chance, in whatever order they came.
+            chosen = self._draw(sum(1 for info in self._mesh.peers.values() if info.access >= Access.MEMBER))
+            if chosen >= self._limits.push_peers:
+                return
+            self._forget(sorted(self._outboxes)[chosen])
+        self._choose(nursery, peer)
+
+    def _choose(self, nursery: trio.Nursery, peer: PeerId) -> None:
+        self._outboxes[peer] = Outbox(self.replica, self._limits.reply_bytes)
+        self._pushes[peer] = trio.CancelScope()
+        nursery.start_soon(self._push, peer, self._outboxes[peer], self._pushes[peer])
+
+    def _fill(self, nursery: trio.Nursery) -> None:
+        """Choose somebody in the place of a neighbour that is gone."""
+        others = sorted(
+            peer
+            for peer, info in self._mesh.peers.items()
+            if info.access >= Access.MEMBER and peer not in self._outboxes
+        )
+        if others and len(self._outboxes) < self._limits.push_peers:
+            self._choose(nursery, others[self._draw(len(others))])
+
+    def _forget(self, peer: PeerId) -> None:
+        self._due.pop(peer, None)
+        self._faults.pop(peer, None)
+        if peer in self._outboxes:
+            del self._outboxes[peer]
+            self._pushes.pop(peer).cancel()
+
+    def _draw(self, count: int) -> int:
+        return int.from_bytes(self._mesh.entropy(8), "big") % count
+
+    # --- pushing
+
+    def _offer(self, author: PeerId, before: Position, source: PeerId | None = None) -> None:
+        for peer, outbox in self._outboxes.items():
+            if peer != source:
+                outbox.put(author, before)
+
+    async def _push(self, peer: PeerId, outbox: Outbox, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await outbox.wait()
+                parts = outbox.take()
+                try:
+                    await self._send(peer, parts)
+                except MycelError:  # it will find out by comparing
+                    self._compare_soon(peer)
+                    await trio.sleep(self._limits.retry_s)
+
+    async def _send(self, peer: PeerId, parts: Sequence[Part]) -> None:
+        if parts:
+            self.sent_parts += len(parts)
+            await self._rpc.call(peer, PUSH, PushParts(list(parts)), deadline_s=self._limits.call_s)
+
+    async def _on_push(self, call: Call, request: PushParts) -> PushReply:
+        return PushReply(await self._take(call.peer, request.parts))
+
+    async def _take(self, peer: PeerId, parts: Sequence[Part]) -> int:
+        """Take in what `peer` passed on, and pass on what is news; how many were."""
+        taken = 0
+        for number, part in enumerate(parts, 1):
+            if number % PARTS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            author = part.head.author
+            before = self.replica.position(author)
+            became = self.replica.take(part)
+            if became in (Taken.NEWS, Taken.KNOWN) and peer in self._outboxes:
+                self._outboxes[peer].has(author, part.head.position)
+            if became is Taken.NEWS:
+                taken += 1
+                self._offer(author, before, peer if author != self._mesh.peer_id else None)
+            elif became is Taken.GAP:
+                self._compare_soon(peer)
+            elif became is Taken.REFUSED and not self._is_tolerable(peer):
+                break
+        return taken
+
+    def _is_tolerable(self, peer: PeerId) -> bool:
+        """Count a part that honest peers do not send; False once there were too many: the peer is dropped."""
+        self._faults[peer] = self._faults.get(peer, 0) + 1
+        if self._faults[peer] < self._limits.refusals:
+            return True
+        self._mesh.disconnect(peer, f"{self._limits.refusals} parts of documents that do not hold")
+        return False
+
+    # --- comparing
+
+    def _compare_soon(self, peer: PeerId) -> None:
+        self._due[peer] = None
+        self._due_news.set()
+
+    async def _compare_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(self._limits.compare_s * (0.5 + self._draw(1 << 20) / (1 << 20)))
+            peers = [peer for peer, info in self._mesh.peers.items() if info.access >= Access.MEMBER]
+            if peers:
+                self._compare_soon(sorted(peers)[self._draw(len(peers))])
+
+    async def _compare_due(self) -> None:
+        while True:
+            await self._due_news.wait()
+            if not self._due:
+                self._due_news = trio.Event()
+                continue
+            peer = next(iter(self._due))
+            del self._due[peer]
+            try:
+                await self._compare(peer)
+            except ConnectionLost:
+                pass
+            except MycelError:  # it may be busy, or not know our membership yet; the next one will do
+                await trio.sleep(self._limits.retry_s)
+
+    async def _compare(self, peer: PeerId) -> None:
+        """Find out where this node and `peer` differ, and mend it both ways."""
+        limit_s = self._limits.call_s
+        digests = Compare(self.replica.vector.digests)
+        differing = await self._rpc.call(peer, COMPARE, digests, deadline_s=limit_s)
+        if not differing.buckets:
+            return
+        while True:
+            positions = dict(self.replica.vector.of(differing.buckets))
+            reply = await self._rpc.call(peer, SYNC, Vector(differing.buckets, positions), deadline_s=limit_s)
+            taken = await self._take(peer, reply.parts)
+            if reply.is_all or not taken:
+                break
+        outbox = Outbox(self.replica, self._limits.reply_bytes)
+        for author, position in reply.wants.items():
+            outbox.put(author, Position(*position))
+        while parts := outbox.take():
+            await self._send(peer, parts)
+
+    async def _on_compare(self, call: Call, request: Compare) -> Differing:
+        return Differing(self.replica.vector.differing(request.buckets))
+
+    async def _on_sync(self, call: Call, request: Vector) -> Missing:
+        if len(request.positions) > self._limits.authors:
+            raise LimitExceeded(f"a vector of {len(request.positions)} authors; documents.authors bounds it")
+        missing = self.replica.missing(request)
+        self.sent_parts += len(missing.parts)
+        if call.peer in self._outboxes:
+            for author, position in request.positions.items():
+                self._outboxes[call.peer].has(author, min(position, self.replica.position(author)))
+        return missing
