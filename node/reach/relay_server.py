@@ -31,6 +31,9 @@ from mycel.protocol.relay_book import Book, Booked
 
 _log = logging.getLogger(__name__)
 
+PENDING_SHARE = 8
+"""One peer may have one part in so many of the requests under way."""
+
 
 class RelayServer:
     """The relay of one host: `run` in a nursery, and `serve(True)` where others can call this node."""
@@ -41,7 +44,7 @@ class RelayServer:
         self._book: Book | None = None
         self._splicer = Splicer(limits.window, limits.window_pool)
         self._nursery: trio.Nursery | None = None
-        self._pending = 0
+        self._pending: Counter[PeerId] = Counter()
         self._settled = trio.lowlevel.ParkingLot()
         self._splices: dict[Booked, Splice] = {}
         self.counters: Counter[str] = Counter()
@@ -98,11 +101,13 @@ class RelayServer:
     def _take(self, stream: Stream) -> None:
         """A HOP stream arrived; called in the connection's reader."""
         assert isinstance(stream, HostStream)
-        if self._nursery is None or self._pending >= self._limits.pending:
+        most = self._limits.pending
+        busy = self._pending.total() >= most or self._pending[stream.peer] >= max(1, most // PENDING_SHARE)
+        if self._nursery is None or busy:
             self.counters["BUSY"] += 1
             stream.reset()
             return
-        self._pending += 1
+        self._pending[stream.peer] += 1
         self._nursery.start_soon(self._answer, stream)
 
     async def _answer(self, stream: HostStream) -> None:
@@ -116,7 +121,9 @@ class RelayServer:
             _log.debug("%s asked for a relay and was lost: %s", stream.peer, error)
             stream.reset()
         finally:
-            self._pending -= 1
+            self._pending[stream.peer] -= 1
+            if not self._pending[stream.peer]:
+                del self._pending[stream.peer]
 
     async def _serve(self, stream: HostStream) -> None:
         while stream.peer not in self._host.peers:

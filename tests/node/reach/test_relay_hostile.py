@@ -193,6 +193,19 @@ def test_a_request_that_says_nothing_ends_with_the_deadline(play_relays):
     play_relays(scenario)
 
 
+def test_one_peer_that_asks_without_end_keeps_nobody_else_waiting(play_relays):
+    async def scenario(world):
+        relay, server, hidden, client, caller = await world.trio()
+        pest, _ = await world.client("pest", relay)
+        for _ in range(400):
+            stream = await pest.open_stream(relay.peer_id, HOP)
+            await stream.send(b"\x05")
+        assert await caller.connect(through(client, hidden)) == hidden.peer_id
+        assert server.counters["BUSY"] > 300
+
+    play_relays(scenario)
+
+
 def test_a_target_that_does_not_answer_is_a_failed_connection(play_relays):
     async def scenario(world):
         relay, server = await world.relay()
