@@ -11,6 +11,10 @@ from typing import Protocol
 from mycel.protocol.cid import Cid
 from mycel.protocol.errors import MycelError
 
+FINGERPRINT_FILE = "mycel-fingerprint"
+"""In a model's directory made of blocks: the fingerprint of the files that it was cut from. Peers with the
+files, and peers with some of its layers, mean the same model."""
+
 
 class CorruptBlock(MycelError):
     """Bytes that are not what their name says."""
@@ -33,6 +37,9 @@ class BlockStore(Protocol):
 
     async def pin(self, name: str, cids: Sequence[Cid]) -> None:
         """Keep these, also those still to come, whatever else is evicted; replaces what `name` pinned."""
+
+    def pinned(self, name: str) -> Sequence[Cid]:
+        """What `name` keeps, here or still to come."""
 
     async def unpin(self, name: str) -> None:
         """Let go what `name` pinned; nothing happens where it pinned nothing."""

@@ -143,6 +143,10 @@ class DiskStore:
         partial = self._folder / "partial" / f"{self._writes}"
         await trio.to_thread.run_sync(_write, partial, self._pin_path(name), None, data)
 
+    def pinned(self, name: str) -> Sequence[Cid]:
+        """See `BlockStore.pinned`."""
+        return self.shelf.pins.get(name, ())
+
     async def unpin(self, name: str) -> None:
         """See `BlockStore.unpin`."""
         self.shelf.unpin(name)

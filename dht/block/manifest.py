@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mycel.dht.block.safetensor import Tensor
-from mycel.protocol.cid import CID_BYTES, Cid, cid_from, cids_from
+from mycel.dht.block.safetensor import INDEX, Tensor
+from mycel.protocol.cid import CID_BYTES, Cid, cid_from, cid_text, cids_from
 from mycel.protocol.errors import RemoteProtocolError, UsageProblem
 from mycel.protocol.limits import DEFAULT_BLOCK_LIMITS
 
@@ -38,6 +38,8 @@ ITEM_BITS = {
     "U16": 16, "U32": 32, "U64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
 }  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+NAME_CHARS_MAX = 200
 _COUNTED = re.compile(r"^(.*?)(?:^|\.)(\d+)\.")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -118,6 +120,7 @@ def encode(listed: Manifest | Part) -> bytes:
 def read_manifest(data: bytes) -> Manifest:
     """The root in a block, checked. Raises `RemoteProtocolError`."""
     manifest = _decode(data, Manifest)
+    check_model_name(manifest.name)
     layers = [part.layer for part in manifest.parts]
     if layers != list(range(EDGE, manifest.layers)):
         raise RemoteProtocolError("a manifest names its parts once each, the edge first, then every layer")
@@ -171,9 +174,15 @@ def _check_pieces(name: str, pieces: Pieces) -> None:
     cids_from(pieces.cids)
 
 
+def check_model_name(name: str) -> None:
+    """Raise `RemoteProtocolError` for what is neither a plain name nor org/name."""
+    if not _MODEL.fullmatch(name) or len(name) > NAME_CHARS_MAX:
+        raise RemoteProtocolError(f"{name[:80]!r} is not the name of a model")
+
+
 def check_file_name(name: str) -> None:
     """Raise `RemoteProtocolError` for a name that could lead elsewhere, hide, or be run."""
-    if not _NAME.fullmatch(name) or not name.endswith(FILE_SUFFIXES):
+    if not _NAME.fullmatch(name) or not name.endswith(FILE_SUFFIXES) or name == INDEX:
         raise RemoteProtocolError(f"{name[:80]!r} is not the name of a model's small file")
 
 
@@ -233,3 +242,8 @@ def by_part(tensors: Sequence[Tensor], layers: int | None) -> list[list[Tensor]]
         layer = int(place[2]) if place is not None and place[1] == chosen else EDGE
         parts[layer + 1 if layer < count else 0].append(tensor)
     return parts
+
+
+def pin_name(root: Cid) -> str:
+    """Under which a store keeps the blocks of a model."""
+    return "model/" + cid_text(root)

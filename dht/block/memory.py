@@ -46,6 +46,10 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         self.shelf.pin(name, cids)
 
+    def pinned(self, name: str) -> Sequence[Cid]:
+        """See `BlockStore.pinned`."""
+        return self.shelf.pins.get(name, ())
+
     async def unpin(self, name: str) -> None:
         """See `BlockStore.unpin`."""
         await trio.lowlevel.checkpoint()

@@ -75,7 +75,7 @@ def test_lists_read_what_was_written() -> None:
 @pytest.mark.parametrize(
     "name",
     ["../config.json", "/etc/x.json", ".hidden.json", "a/b.json", "modeling.py", "w.safetensors", "",
-     "a\0.json", "x" * 130 + ".json", "pytorch_model.bin"],
+     "a\0.json", "x" * 130 + ".json", "pytorch_model.bin", "model.safetensors.index.json"],
 )  # fmt: skip
 def test_files_that_lead_elsewhere_or_run_are_refused(name: str) -> None:
     with pytest.raises(RemoteProtocolError, match="small file"):
@@ -87,6 +87,9 @@ def test_files_that_lead_elsewhere_or_run_are_refused(name: str) -> None:
     [
         {"version": 2},
         {"layers": 2},
+        {"name": "../../x"},
+        {"name": "a/b/c"},
+        {"name": ""},
         {"parts": ()},
         {"files": (("a.json", pieces_of(5)), ("a.json", pieces_of(5)))},
         {"files": (("a.json", Pieces(5, b"")),)},
