@@ -268,8 +268,12 @@ class DocumentLimits:
     """What shows that an author may write; a membership chain takes under 1 KiB."""
 
     push_peers: int = 8
-    """Neighbours that news is pushed to at once: with 6 or more of them chosen at random, all of a
-    thousand nodes hear of it within 5 hops; whoever is missed finds out by comparing."""
+    """Neighbours that news is pushed to, chosen at random: log 1000 / log 8 = 3.3, so a thousand nodes are a
+    few hops wide; whoever is missed finds out by comparing."""
+
+    quiet_s: float = 30.0
+    """How long a neighbour that knew an author's news already is not pushed more of that author. Where peers
+    come or go it ends at once."""
 
     compare_s: float = 2.0
     """How often a node compares what it holds with one neighbour: half a kilobyte when nothing differs."""

@@ -62,6 +62,8 @@ class MeshWorld:
         self.nursery = nursery
         self.is_over = False
         """Whether the block was left: what still arrives starts nothing."""
+        self.bytes_carried = 0
+        """Bytes of streams that nodes sent so far."""
         self.nodes: dict[PeerId, SimMesh] = {}
         self._by_host: dict[tuple[str, int], SimMesh] = {}
         self._blocked: dict[tuple[PeerId, PeerId], None] = {}

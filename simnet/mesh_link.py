@@ -32,6 +32,7 @@ class Way:
 
     def carry(self, size: int, act: Callable[..., object], *args: Any) -> None:
         """Call `act(*args)` at the other end; `size` bytes take their time on the link."""
+        self._world.bytes_carried += size
         self._free_at = max(trio.current_time(), self._free_at) + size / self._world.options.bytes_per_s
         arrival = self._free_at + self._world.latency(self._source, self._target)
         self._last_arrival = max(self._last_arrival, arrival)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pycrdt import Doc, Map, TransactionEvent
+from pycrdt import Doc, Map, MapEvent, TransactionEvent
 
 from mycel.dht.doc.update import CLIENT_ID, ROOT, check_update
 from mycel.protocol.errors import RemoteProtocolError
+
+VALUE_OVERHEAD = 16
+"""Bytes that a live value takes in a snapshot beside its key and itself, at most."""
 
 
 class Content:
@@ -22,7 +25,23 @@ class Content:
     def __init__(self) -> None:
         self._doc: Doc[Map[bytes]] = Doc(client_id=CLIENT_ID)
         self._map = self._doc.get(ROOT, type=Map)
-        self._live: dict[str, bytes] | None = {}
+        self._mirror = _Mirror()
+        self._map.observe(self._mirror.on_event)
+
+    @property
+    def live(self) -> Mapping[str, bytes]:
+        """Keys and values, in no particular order. Do not change it."""
+        return self._mirror.live
+
+    @property
+    def live_bytes(self) -> int:
+        """What a snapshot of it would take, at most."""
+        return self._mirror.bytes
+
+    def take_changed(self) -> list[str]:
+        """Keys that were touched since this was asked last, in order."""
+        changed, self._mirror.changed = self._mirror.changed, {}
+        return sorted(changed)
 
     def apply(self, update: bytes) -> None:
         """Take in an update. Raises `RemoteProtocolError` for bytes that are none."""
@@ -31,8 +50,6 @@ class Content:
             self._doc.apply_update(update)
         except (ValueError, RuntimeError) as error:
             raise RemoteProtocolError(f"an update that pycrdt refuses: {error}") from None
-        finally:
-            self._live = None
 
     def change(self, changes: Mapping[str, bytes | None]) -> bytes:
         """Set keys, or delete those whose value is None; the update that does the same elsewhere."""
@@ -41,29 +58,41 @@ class Content:
         def keep(event: TransactionEvent) -> None:
             updates.append(event.update)
 
-        live = self.live
         subscription = self._doc.observe(keep)
         try:
             with self._doc.transaction():
                 for key, value in changes.items():
                     if value is not None:
                         self._map[key] = value
-                    elif key in live:
+                    elif key in self.live:
                         del self._map[key]
         finally:
             self._doc.unobserve(subscription)
-        self._live = None
         return updates[0] if updates else b""
 
-    @property
-    def live(self) -> Mapping[str, bytes]:
-        """Keys and values, ordered by key."""
-        if self._live is None:
-            found = self._map.to_py() or {}
-            self._live = {
-                key: bytes(found[key]) for key in sorted(found) if isinstance(found[key], bytes | bytearray)
-            }
-        return self._live
+
+class _Mirror:
+    """What is live, by pycrdt's events: reading it all anew would cost each update the whole document."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, bytes] = {}
+        self.bytes = 0
+        self.changed: dict[str, None] = {}
+
+    def on_event(self, event: MapEvent) -> None:
+        keys: Mapping[str, Mapping[str, bytes]] = event.keys  # type: ignore[attr-defined]  # its stub lacks it
+        for key, change in keys.items():
+            self.changed[key] = None
+            old = self.live.pop(key, None)
+            if old is not None:
+                self.bytes -= _size(key, old)
+            if "newValue" in change:
+                value = self.live[key] = bytes(change["newValue"])
+                self.bytes += _size(key, value)
+
+
+def _size(key: str, value: bytes) -> int:
+    return len(key.encode()) + len(value) + VALUE_OVERHEAD
 
 
 def rebuilt(live: Mapping[str, bytes]) -> bytes:

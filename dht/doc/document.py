@@ -53,8 +53,17 @@ class Document:
 
     @property
     def live(self) -> Mapping[str, bytes]:
-        """Keys and values, ordered by key."""
+        """Keys and values, in no particular order. Do not change it."""
         return self._content.live
+
+    @property
+    def live_bytes(self) -> int:
+        """What a snapshot of it would take, at most."""
+        return self._content.live_bytes
+
+    def take_changed(self) -> list[str]:
+        """Keys that updates touched since this was asked last, in order."""
+        return self._content.take_changed()
 
     @property
     def size(self) -> int:

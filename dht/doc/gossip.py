@@ -1,36 +1,54 @@
 """News that one neighbour has not been told: which authors, and from where on.
 
 A neighbour that takes its time gets the latest state of each document once, not every step of it, and is not
-told what it told this node itself.
+told what it told this node itself. Where it answers that it knew an author's news already, that author's
+following news does not go this way for a while: what remains are the ways by which news came first, a tree
+for each author. So it is in Plumtree (Leitao, Pereira, Rodrigues, "Epidemic Broadcast Trees", 2007); what a
+broken branch misses is found here by comparing, and goes every way from there.
 """
 
 from __future__ import annotations
+
+import math
 
 import trio
 
 from mycel.dht.doc.message import NOWHERE, Part, Position
 from mycel.dht.doc.replica import Replica
+from mycel.protocol.limits import DocumentLimits
 from mycel.protocol.mesh import PeerId
 
 
 class Outbox:
     """What a neighbour should be told."""
 
-    def __init__(self, replica: Replica, bytes_max: int) -> None:
+    def __init__(self, replica: Replica, limits: DocumentLimits) -> None:
         self._replica = replica
-        self._bytes_max = bytes_max
+        self._bytes_max = limits.reply_bytes
+        self._quiet_s = limits.quiet_s
+        self._quiet_until: dict[PeerId, float] = {}
         self._waiting: dict[PeerId, Position] = {}
         self._known: dict[PeerId, Position] = {}
         self._news = trio.Event()
 
-    def put(self, author: PeerId, before: Position) -> None:
+    def put(self, author: PeerId, before: Position, *, even_if_quiet: bool = False) -> None:
         """`author`'s document went on from `before`."""
+        if self._quiet_until.get(author, -math.inf) > trio.current_time() and not even_if_quiet:
+            return
         self._waiting.setdefault(author, before)
         self._news.set()
 
     def has(self, author: PeerId, position: Position) -> None:
         """The neighbour is there with `author`."""
         self._known[author] = max(self._known.get(author, NOWHERE), position)
+
+    def knew(self, author: PeerId) -> None:
+        """The neighbour hears of `author` sooner from others."""
+        self._quiet_until[author] = trio.current_time() + self._quiet_s
+
+    def speak_again(self) -> None:
+        """Who is connected with whom changed: branches may be broken."""
+        self._quiet_until.clear()
 
     async def wait(self) -> None:
         """Until there is something to tell."""

@@ -88,9 +88,9 @@ class PushParts(msgspec.Struct, array_like=True):
 
 
 class PushReply(msgspec.Struct, array_like=True):
-    """How many of them were news there."""
+    """The authors of whom nothing was news there."""
 
-    taken: int
+    knew: list[PeerId]
 
 
 class Compare(msgspec.Struct, array_like=True):

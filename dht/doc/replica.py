@@ -105,7 +105,8 @@ class Replica:
         self.vector = StateVector()
         """Where this replica is with every author."""
         self.on_changes: Callable[[Sequence[Fact]], None] | None = None
-        """Called with the changes of each part or write, once somebody set it."""
+        """Called with the changes of each part or write while it is set; each part then costs a look at all
+        of its author's keys."""
         self.refused: dict[str, int] = {}
         """Parts that were not taken, by reason."""
         for whole in store.load():
@@ -156,7 +157,8 @@ class Replica:
         """
         self._check(changes)
         own = self._documents.get(self._signer.peer_id) or self._begun()
-        before, old = self.position(self._signer.peer_id), own.live
+        before = self.position(self._signer.peer_id)
+        old = {key: own.live.get(key) for key in changes}
         update = own.write(changes)
         if not update:
             return None
@@ -171,6 +173,7 @@ class Replica:
         own.settle(head, [update])
         self._put(own)
         self._remember(changes)
+        own.take_changed()
         self._tell(own, old)
         longest = max(self._limits.log_bytes, len(own.snapshot))
         if own.log_bytes > longest or len(own.log) >= self._limits.log_updates:
@@ -218,10 +221,9 @@ class Replica:
                 )
 
     def _check_size(self, own: Document) -> None:
-        live = sum(len(key.encode()) + len(value) + 16 for key, value in own.live.items())
-        if live > self._limits.content_bytes:
+        if own.live_bytes > self._limits.content_bytes:
             raise LimitExceeded(
-                f"this node's document would hold {live} bytes, more than documents.content_bytes ="
+                f"this node's document would hold {own.live_bytes} bytes, more than documents.content_bytes ="
                 f" {self._limits.content_bytes}; delete keys first"
             )
 
@@ -237,9 +239,8 @@ class Replica:
             return Taken.KNOWN
         if document is None and part.snapshot is None:
             return Taken.GAP
-        old: Mapping[str, bytes] = {}
-        if document is not None and (self.on_changes is not None or author == self._signer.peer_id):
-            old = document.live
+        is_watched = self.on_changes is not None or author == self._signer.peer_id
+        old = dict(document.live) if document is not None and is_watched else {}
         try:
             self._admit(part, document)
             now = Document.of(part) if document is None else document.continued(part)
@@ -251,11 +252,12 @@ class Replica:
         except RemoteProtocolError as error:
             self._count("forged" if isinstance(error, Forged) else "malformed")
             return Taken.REFUSED
+        touched = now.take_changed() if now is document else [*now.take_changed(), *old]
         self._put(now)
         self._save(now.whole(), durable=False)  # where this fails, the next one keeps this part too
         if author == self._signer.peer_id:
             self._recover(now, old)
-        self._tell(now, old)
+        self._tell(now, {key: old.get(key) for key in touched})
         return Taken.NEWS
 
     def _recover(self, own: Document, old: Mapping[str, bytes]) -> None:
@@ -298,14 +300,14 @@ class Replica:
         self._sizes[author] = document.size
         self.vector.put(author, document.position)
 
-    def _tell(self, document: Document, old: Mapping[str, bytes]) -> None:
+    def _tell(self, document: Document, old: Mapping[str, bytes | None]) -> None:
+        """Tell what became of the keys of `old`."""
         if self.on_changes is None:
             return
         author, live = document.head.author, document.live
-        changes = [Fact(author, key, value) for key, value in live.items() if old.get(key) != value]
-        changes += [Fact(author, key, None) for key in old if key not in live]
+        changes = [Fact(author, key, live.get(key)) for key in sorted(old) if old[key] != live.get(key)]
         if changes:
-            self.on_changes(sorted(changes, key=lambda fact: fact.key))
+            self.on_changes(changes)
 
     def _count(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1

@@ -62,7 +62,6 @@ class Documents:
         self._listeners: dict[int, Changes] = {}
         self.sent_parts = 0
         """Parts pushed or given out so far."""
-        replica.on_changes = self._tell
         rpc.serve(PUSH, self._on_push)
         rpc.serve(COMPARE, self._on_compare)
         rpc.serve(SYNC, self._on_sync)
@@ -90,10 +89,13 @@ class Documents:
     async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
         changes = Changes(prefix)
         self._listeners[id(changes)] = changes
+        self.replica.on_changes = self._tell
         try:
             yield changes
         finally:
             del self._listeners[id(changes)]
+            if not self._listeners:
+                self.replica.on_changes = None
 
     def _tell(self, facts: Sequence[Fact]) -> None:
         for listener in self._listeners.values():
@@ -122,6 +124,8 @@ class Documents:
                 self._on_up(nursery, info.peer, info.access)
             task_status.started()
             async for event in events:
+                for outbox in self._outboxes.values():
+                    outbox.speak_again()
                 if isinstance(event, PeerUp):
                     self._on_up(nursery, event.peer, event.access)
                 else:
@@ -144,7 +148,7 @@ class Documents:
         self._choose(nursery, peer)
 
     def _choose(self, nursery: trio.Nursery, peer: PeerId) -> None:
-        self._outboxes[peer] = Outbox(self.replica, self._limits.reply_bytes)
+        self._outboxes[peer] = Outbox(self.replica, self._limits)
         self._pushes[peer] = trio.CancelScope()
         nursery.start_soon(self._push, peer, self._outboxes[peer], self._pushes[peer])
 
@@ -170,49 +174,60 @@ class Documents:
 
     # --- pushing
 
-    def _offer(self, author: PeerId, before: Position, source: PeerId | None = None) -> None:
+    def _offer(
+        self, author: PeerId, before: Position, source: PeerId | None = None, *, was_missed: bool = False
+    ) -> None:
         for peer, outbox in self._outboxes.items():
             if peer != source:
-                outbox.put(author, before)
+                outbox.put(author, before, even_if_quiet=was_missed)
 
     async def _push(self, peer: PeerId, outbox: Outbox, scope: trio.CancelScope) -> None:
         with scope:
             while True:
                 await outbox.wait()
                 parts = outbox.take()
+                sent = {part.head.author: None for part in parts}
                 try:
-                    await self._send(peer, parts)
+                    for author in await self._send(peer, parts):
+                        if author in sent:
+                            outbox.knew(author)
                 except MycelError:  # it will find out by comparing
                     self._compare_soon(peer)
                     await trio.sleep(self._limits.retry_s)
 
-    async def _send(self, peer: PeerId, parts: Sequence[Part]) -> None:
-        if parts:
-            self.sent_parts += len(parts)
-            await self._rpc.call(peer, PUSH, PushParts(list(parts)), deadline_s=self._limits.call_s)
+    async def _send(self, peer: PeerId, parts: Sequence[Part]) -> list[PeerId]:
+        """Push; the authors of whom nothing was news."""
+        if not parts:
+            return []
+        self.sent_parts += len(parts)
+        reply = await self._rpc.call(peer, PUSH, PushParts(list(parts)), deadline_s=self._limits.call_s)
+        return reply.knew
 
     async def _on_push(self, call: Call, request: PushParts) -> PushReply:
-        return PushReply(await self._take(call.peer, request.parts))
+        became = await self._take(call.peer, request.parts)
+        return PushReply([author for author, was in became.items() if was is Taken.KNOWN])
 
-    async def _take(self, peer: PeerId, parts: Sequence[Part]) -> int:
-        """Take in what `peer` passed on, and pass on what is news; how many were."""
-        taken = 0
+    async def _take(
+        self, peer: PeerId, parts: Sequence[Part], *, was_missed: bool = False
+    ) -> dict[PeerId, Taken]:
+        """Take in what `peer` passed on, and pass on what is news; what became of each author's last part."""
+        became: dict[PeerId, Taken] = {}
         for number, part in enumerate(parts, 1):
             if number % PARTS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             author = part.head.author
             before = self.replica.position(author)
-            became = self.replica.take(part)
-            if became in (Taken.NEWS, Taken.KNOWN) and peer in self._outboxes:
+            was = became[author] = self.replica.take(part)
+            if was in (Taken.NEWS, Taken.KNOWN) and peer in self._outboxes:
                 self._outboxes[peer].has(author, part.head.position)
-            if became is Taken.NEWS:
-                taken += 1
-                self._offer(author, before, peer if author != self._mesh.peer_id else None)
-            elif became is Taken.GAP:
+            if was is Taken.NEWS:
+                source = peer if author != self._mesh.peer_id else None
+                self._offer(author, before, source, was_missed=was_missed)
+            elif was is Taken.GAP:
                 self._compare_soon(peer)
-            elif became is Taken.REFUSED and not self._is_tolerable(peer):
+            elif was is Taken.REFUSED and not self._is_tolerable(peer):
                 break
-        return taken
+        return became
 
     def _is_tolerable(self, peer: PeerId) -> bool:
         """Count a part that honest peers do not send; False once there were too many: the peer is dropped."""
@@ -260,10 +275,10 @@ class Documents:
         while True:
             positions = dict(self.replica.vector.of(differing.buckets))
             reply = await self._rpc.call(peer, SYNC, Vector(differing.buckets, positions), deadline_s=limit_s)
-            taken = await self._take(peer, reply.parts)
-            if reply.is_all or not taken:
+            became = await self._take(peer, reply.parts, was_missed=True)
+            if reply.is_all or Taken.NEWS not in became.values():
                 break
-        outbox = Outbox(self.replica, self._limits.reply_bytes)
+        outbox = Outbox(self.replica, self._limits)
         for author, position in reply.wants.items():
             outbox.put(author, Position(*position))
         while parts := outbox.take():

@@ -103,6 +103,34 @@ async def test_comparing_alone_brings_everything(autojump_clock: Clock) -> None:
         assert len(swarm.nodes[0].documents.read("k")) == 6
 
 
+async def test_news_goes_every_way_at_first_and_then_along_a_tree(autojump_clock: Clock) -> None:
+    async with swarm_of(20) as swarm:
+        costs = []
+        for n in range(4):
+            before = sum(node.documents.sent_parts for node in swarm.nodes)
+            swarm.nodes[0].documents.write({"k": b"%d" % n})
+            await swarm.until(swarm.is_settled, 10)
+            await trio.sleep(1)
+            costs.append(sum(node.documents.sent_parts for node in swarm.nodes) - before)
+        assert costs[0] >= 2 * 19
+        assert costs[3] <= 1.25 * 19
+
+
+async def test_broken_branches_do_not_keep_news_from_anybody(autojump_clock: Clock) -> None:
+    async with swarm_of(20) as swarm:
+        for n in range(3):
+            swarm.nodes[0].documents.write({"k": b"%d" % n})
+            await swarm.until(swarm.is_settled, 10)
+        for victim in swarm.nodes[1:8]:
+            victim.kill()
+        left = [node for node in swarm.nodes if node.mesh.is_alive]
+        swarm.nodes[0].documents.write({"k": b"last"})
+        author = swarm.nodes[0].mesh.peer_id
+        last = swarm.nodes[0].replica.position(author)
+        await swarm.until(lambda: all(node.replica.position(author) == last for node in left), 10)
+        assert all(node.documents.read("k")[0].value == b"last" for node in left)
+
+
 async def test_who_sends_forgeries_is_dropped(autojump_clock: Clock) -> None:
     async with swarm_of(2) as swarm, trio.open_nursery() as nursery:
         a, b = swarm.nodes
