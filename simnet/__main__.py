@@ -21,6 +21,7 @@ from mycel.simnet.storm import StormOptions, StormReport, storm
 
 if TYPE_CHECKING:
     from mycel.simnet.dieoff import DieoffReport
+    from mycel.simnet.lookups import LookupsReport
 
 LAYERS = 8
 
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     asked = parser.parse_args(list(arguments))
     began = time.monotonic()
+    if asked.scenario == "dht":
+        if asked.nodes < 3 or asked.records < 1 or asked.reads < 1 or asked.churn_s < 0:
+            parser.error("there must be 3 nodes, a record to put, and a read")
+        return _dht(asked, began)
     if asked.scenario == "nat":
         if asked.seeds < 1 or asked.rtt_ms <= 0:
             parser.error("there must be a seed, and a distance: without one nothing can cross on the way")
@@ -77,7 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     nat.add_argument(
         "--rtt-ms", type=float, default=40.0, help="round trip between any two sites (default 40)"
     )
-    for scenario in (swarm, rough, nat):
+    dht = scenarios.add_parser(
+        "dht", help="Kademlia nodes put and get records, lose a third of themselves at once, and churn"
+    )
+    dht.add_argument("--nodes", type=int, default=200, help="nodes (default 200)")
+    dht.add_argument("--records", type=int, default=50, help="records put (default 50)")
+    dht.add_argument("--reads", type=int, default=200, help="reads in each part (default 200)")
+    dht.add_argument(
+        "--churn-s",
+        type=float,
+        default=0.0,
+        help="virtual seconds in which 60 nodes come and go, ten minutes each (default 0: none)",
+    )
+    for scenario in (swarm, rough, nat, dht):
         scenario.add_argument("--seed", type=int, default=0, help="what everything is drawn from (default 0)")
         scenario.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -113,11 +130,27 @@ def _nat(asked: argparse.Namespace, began: float) -> int:
     return 0 if all(report.went_well for report in reports) else 1
 
 
-def _lines(report: DieoffReport | StormReport) -> list[str]:
+def _dht(asked: argparse.Namespace, began: float) -> int:
+    from mycel.simnet.lookups import LookupsOptions, lookups, restless
+
+    options = LookupsOptions(asked.seed, asked.nodes, asked.records, asked.reads, asked.churn_s)
+    report = clock.run(partial(lookups, options), asked.seed)
+    if options.churn_s:
+        reads, deaths = clock.run(partial(restless, options), asked.seed)
+        report = dataclasses.replace(report, restless=reads, deaths=deaths)
+    if asked.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        print("\n".join(_lines(report)))
+        print(f"real time      {time.monotonic() - began:.1f} s")
+    return 0 if report.went_well else 1
+
+
+def _lines(report: DieoffReport | StormReport | LookupsReport) -> list[str]:
     lines = []
     for name, value in dataclasses.asdict(report).items():
         if isinstance(value, dict):
-            value = ", ".join(f"{kind} {count}" for kind, count in value.items())
+            value = ", ".join(f"{kind.replace('_', ' ')} {count:.6g}" for kind, count in value.items())
         elif isinstance(value, tuple | list):
             value = " ".join(map(str, value))
         elif isinstance(value, float):
