@@ -145,9 +145,10 @@ class Download:
         data = await stream.receive_exactly(size)
         self._plan.on_arrival(peer, cid, trio.current_time())
         if not self._plan.is_wanted(cid) or cid in self._keeping:
+            self._plan.on_spare(peer, cid)
             return
-        await self._storing.acquire()  # the peer waits meanwhile: nothing is read
         self._keeping[cid] = None
+        await self._storing.acquire()  # the peer waits meanwhile: nothing is read
         self._nursery.start_soon(self._keep, peer, cid, data)
 
     async def _keep(self, peer: PeerId, cid: Cid, data: bytes) -> None:

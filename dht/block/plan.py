@@ -177,6 +177,10 @@ class Plan:
         source.is_stalled = False
         self._answered(source, cid)
 
+    def on_spare(self, peer: PeerId, cid: Cid) -> None:
+        """A block that came was let go, for the same is being checked; where that fails it is asked again."""
+        self._release(peer, cid)
+
     def on_stored(self, cid: Cid) -> list[TakeBack]:
         """A block was checked and is kept; who else was asked for it."""
         wanted = self._wanted.pop(cid, None)

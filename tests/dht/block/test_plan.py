@@ -133,6 +133,21 @@ def test_a_corrupt_block_drops_its_sender() -> None:
     assert sorted(cids_of(plan.asks(2.0), B)) == sorted(cids)
 
 
+def test_a_spare_copy_is_asked_for_again_when_the_first_was_corrupt() -> None:
+    cids = blocks(1)
+    plan = plan_of(cids, stall_s=1.0)
+    assert _asks_of_one(plan, cids) == [Ask(A, cids[0])]
+    plan.add(B)
+    plan.on_have(B, cids)
+    plan.on_time(1.0)
+    assert plan.asks(1.0) == [Ask(B, cids[0])]
+    plan.on_arrival(A, cids[0], 1.5)
+    plan.on_arrival(B, cids[0], 1.6)
+    plan.on_spare(B, cids[0])
+    plan.on_corrupt(A, cids[0])
+    assert plan.asks(2.0) == [Ask(B, cids[0])]
+
+
 class World:
     """Peers with some of the blocks, at random: honest ones, liars, mutes, and those that leave."""
 
