@@ -27,8 +27,8 @@ from functools import partial
 import trio
 from measure import report
 
+from mycel.dht.doc.library import Library, Taken
 from mycel.dht.doc.message import NOWHERE
-from mycel.dht.doc.replica import Replica, Taken
 from mycel.dht.doc.store import VolatileStore
 from mycel.protocol.mesh import PeerId
 from mycel.simnet.clock import run
@@ -113,7 +113,7 @@ async def storm(seed: int, writers: int, writes: int) -> Figures:
             "restarts": restarts,
             "lost": lost,
             "byte_equal": all(state == states[0] for state in states),
-            "refused": sum(sum(node.replica.refused.values()) for node in swarm.nodes),
+            "refused": sum(sum(node.library.refused.values()) for node in swarm.nodes),
             "settle_s": settle_s,
             "storm_cpu_s": time.perf_counter() - began,
         }
@@ -156,13 +156,13 @@ async def heal(seed: int, count: int, rounds: int) -> Figures:
 async def healed(swarm: DocumentSwarm) -> list[float]:
     """For each node the seconds from now until it has what all have in the end."""
     began = trio.current_time()
-    wanted = {node.mesh.peer_id: node.replica.position(node.mesh.peer_id) for node in swarm.nodes}
+    wanted = {node.mesh.peer_id: node.library.version(node.mesh.peer_id) for node in swarm.nodes}
     waiting = {node.mesh.peer_id: node for node in swarm.nodes}
     seconds: list[float] = []
     while waiting:
         await trio.sleep(LOOK_S)
         for peer, node in list(waiting.items()):
-            if all(node.replica.position(author) == position for author, position in wanted.items()):
+            if all(node.library.version(author) == version for author, version in wanted.items()):
                 seconds.append(trio.current_time() - began)
                 del waiting[peer]
         if trio.current_time() - began > SETTLE_S:
@@ -194,7 +194,7 @@ async def trickle(seed: int, count: int = 50, updates: int = 40) -> Figures:
 
         idle = await carried(rest)
         busy = await carried(write)
-        document = writer.replica.document(writer.mesh.peer_id)
+        document = writer.library.document(writer.mesh.peer_id)
         assert document is not None
         return {
             "update_bytes": document.log_bytes / len(document.log),
@@ -225,23 +225,23 @@ class OneAuthor:
 def million(updates: int) -> Figures:
     """One document with a long history, and a newcomer who gets it."""
     author = OneAuthor("author")
-    replica = Replica(author, VolatileStore(), anybody_may_write)
+    library = Library(author, VolatileStore(), anybody_may_write)
     began = time.perf_counter()
     for n in range(0, updates, MILLION_BATCH):
-        replica.write({f"job/{k % MILLION_KEYS}": VALUE % k for k in range(n, n + MILLION_BATCH)})
+        library.write({f"job/{k % MILLION_KEYS}": VALUE % k for k in range(n, n + MILLION_BATCH)})
     seconds = time.perf_counter() - began
-    newcomer = Replica(OneAuthor("newcomer"), VolatileStore(), anybody_may_write)
-    for part in replica.since(author.peer_id, NOWHERE):
+    newcomer = Library(OneAuthor("newcomer"), VolatileStore(), anybody_may_write)
+    for part in library.since(author.peer_id, NOWHERE):
         assert newcomer.take(part) is Taken.NEWS
-    assert newcomer.read("") == replica.read("")
-    live = sum(len(fact.key) + len(fact.value or b"") for fact in replica.read(""))
-    size = replica.size
-    replica.compact()
+    assert newcomer.read("") == library.read("")
+    live = sum(len(fact.key) + len(fact.value or b"") for fact in library.read(""))
+    size = library.size
+    library.compact()
     return {
         "updates": updates,
         "live_bytes": live,
         "size_after_million": size,
-        "size_compacted": replica.size,
+        "size_compacted": library.size,
         "update_us": seconds / updates * 1e6,
     }
 

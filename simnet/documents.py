@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import Part
-from mycel.dht.doc.replica import Replica
 from mycel.dht.doc.store import VolatileStore
 from mycel.dht.doc.sync import Documents
 from mycel.protocol.errors import MycelError
@@ -47,9 +47,9 @@ class DocumentNode:
         self._open()
 
     def _open(self) -> None:
-        self.replica = Replica(self.mesh, self.store, anybody_may_write, limits=self.limits)
+        self.library = Library(self.mesh, self.store, anybody_may_write, limits=self.limits)
         self.rpc = Rpc(self.mesh)
-        self.documents = Documents(self.mesh, self.rpc, self.replica, self.limits)
+        self.documents = Documents(self.mesh, self.rpc, self.library, self.limits)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until killed."""
@@ -126,14 +126,14 @@ class DocumentSwarm:
         self.world.cut([node.mesh for node in side], others)
 
     def is_settled(self) -> bool:
-        """Whether every node is at the same position with every author."""
-        first = self.nodes[0].replica.vector.digests
-        return all(node.replica.vector.digests == first for node in self.nodes)
+        """Whether every node is at the same version with every author."""
+        first = self.nodes[0].library.vector.digests
+        return all(node.library.vector.digests == first for node in self.nodes)
 
     async def until(self, holds: Callable[[], bool], limit_s: float) -> float:
         """Virtual seconds until `holds`, looked at often. Raises `trio.TooSlowError` after `limit_s`."""
         began = trio.current_time()
         with trio.fail_after(limit_s):
-            while not holds():  # noqa: ASYNC110 - looked at from outside, as the positions of many nodes are
+            while not holds():  # noqa: ASYNC110 - looked at from outside, as the versions of many nodes are
                 await trio.sleep(LOOK_S)
         return trio.current_time() - began

@@ -2,7 +2,7 @@
 
 An update is what one transaction of the writer changed. Overwritten and deleted values leave marks in a CRDT;
 `rebuilt` leaves them behind: the live keys in order, written in one transaction into a fresh document. Two
-replicas with the same content rebuild the same bytes, so an author may compact its document without sending
+nodes with the same content rebuild the same bytes, so an author may compact its document without sending
 it again.
 """
 
@@ -26,6 +26,7 @@ class Content:
         self._doc: Doc[Map[bytes]] = Doc(client_id=CLIENT_ID)
         self._map = self._doc.get(ROOT, type=Map)
         self._mirror = _Mirror()
+        self._updates: list[bytes] | None = None
         self._map.observe(self._mirror.on_event)
 
     @property
@@ -53,22 +54,26 @@ class Content:
 
     def change(self, changes: Mapping[str, bytes | None]) -> bytes:
         """Set keys, or delete those whose value is None; the update that does the same elsewhere."""
-        updates: list[bytes] = []
-
-        def keep(event: TransactionEvent) -> None:
-            updates.append(event.update)
-
-        subscription = self._doc.observe(keep)
-        try:
-            with self._doc.transaction():
-                for key, value in changes.items():
-                    if value is not None:
-                        self._map[key] = value
-                    elif key in self.live:
-                        del self._map[key]
-        finally:
-            self._doc.unobserve(subscription)
+        updates = self._own_updates()
+        updates.clear()
+        with self._doc.transaction():
+            for key, value in changes.items():
+                if value is not None:
+                    self._map[key] = value
+                elif key in self.live:
+                    del self._map[key]
         return updates[0] if updates else b""
+
+    def _own_updates(self) -> list[bytes]:
+        """Where pycrdt puts each transaction's update, once somebody writes here."""
+        if self._updates is None:
+            updates = self._updates = []
+
+            def keep(event: TransactionEvent) -> None:
+                updates.append(event.update)
+
+            self._doc.observe(keep)
+        return self._updates
 
 
 class _Mirror:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mycel.dht.doc.content import Content, rebuilt
-from mycel.dht.doc.message import Head, Part, Position, first_digest, next_digest
+from mycel.dht.doc.message import Head, Part, Version, first_digest, next_digest
 from mycel.protocol.errors import RemoteProtocolError
 
 
@@ -33,7 +33,7 @@ class Document:
         self.chain = chain
         self._content = _content_of(snapshot, self.log)
         self._earlier: tuple[Head, list[bytes]] | None = None
-        """Head and log of the epoch before, for those who stand somewhere in it."""
+        """Head and log of the edition before, for those who stand somewhere in it."""
 
     @classmethod
     def of(cls, part: Part) -> Document:
@@ -41,15 +41,15 @@ class Document:
         content than its head stands for, `RemoteProtocolError` for such as pycrdt refuses."""
         if part.snapshot is None or part.start:
             raise Unfit("half a document")
-        digest = next_digest(first_digest(part.head.epoch, part.snapshot), part.updates)
+        digest = next_digest(first_digest(part.head.edition, part.snapshot), part.updates)
         if digest != part.head.digest or len(part.updates) != part.head.sequence:
             raise Forged("a document that is not the one its head was signed for")
         return cls(part.head, part.snapshot, part.updates, part.chain)
 
     @property
-    def position(self) -> Position:
+    def version(self) -> Version:
         """How far it is."""
-        return self.head.position
+        return self.head.version
 
     @property
     def live(self) -> Mapping[str, bytes]:
@@ -71,29 +71,29 @@ class Document:
         return len(self.snapshot) + self.log_bytes
 
     def continued(self, part: Part) -> Document:
-        """The document with `part` taken in: this one, or that of a new epoch.
+        """The document with `part` taken in: this one, or that of a new edition.
 
         The head's signature was checked. Raises `Unfit`, and as `of`.
         """
         if part.snapshot is not None and part.start == 0:
             return Document.of(part)
-        if part.head.epoch == self.head.epoch:
+        if part.head.edition == self.head.edition:
             self._extend(part)
             return self
         if part.start:
-            raise Unfit("the middle of another epoch")
+            raise Unfit("the middle of another edition")
         snapshot = rebuilt(self.live)
-        digest = next_digest(first_digest(part.head.epoch, snapshot), part.updates)
+        digest = next_digest(first_digest(part.head.edition, snapshot), part.updates)
         if digest != part.head.digest or len(part.updates) != part.head.sequence:
-            raise Unfit("the end of the epoch before was missed")
+            raise Unfit("the end of the edition before was missed")
         following = Document(part.head, snapshot, part.updates, part.chain or self.chain)
         following._earlier = (self.head, self.log)
         return following
 
-    def compacted(self, epoch: int, sign: Callable[[Position, bytes], Head], chain: bytes) -> Document:
-        """The own document in a new epoch: what is live, and no history."""
+    def compacted(self, edition: int, sign: Callable[[Version, bytes], Head], chain: bytes) -> Document:
+        """The own document in a new edition: what is live, and no history."""
         snapshot = rebuilt(self.live)
-        head = sign(Position(epoch, 0), first_digest(epoch, snapshot))
+        head = sign(Version(edition, 0), first_digest(edition, snapshot))
         following = Document(head, snapshot, (), chain)
         following._earlier = (self.head, self.log)
         return following
@@ -136,14 +136,14 @@ class Document:
         """Let go of what the content took in beyond the log."""
         self._content = _content_of(self.snapshot, self.log)
 
-    def since(self, position: Position) -> list[Part]:
-        """What somebody lacks who is at `position`, in the order to take it."""
-        if position.epoch == self.head.epoch and position.sequence <= self.head.sequence:
-            return [Part(self.head, position.sequence, None, tuple(self.log[position.sequence :]))]
+    def since(self, version: Version) -> list[Part]:
+        """What somebody lacks who is at `version`, in the order to take it."""
+        if version.edition == self.head.edition and version.sequence <= self.head.sequence:
+            return [Part(self.head, version.sequence, None, tuple(self.log[version.sequence :]))]
         if self._earlier is not None:
             head, log = self._earlier
-            if position.epoch == head.epoch and position.sequence <= head.sequence:
-                rest = Part(head, position.sequence, None, tuple(log[position.sequence :]))
+            if version.edition == head.edition and version.sequence <= head.sequence:
+                rest = Part(head, version.sequence, None, tuple(log[version.sequence :]))
                 following = Part(self.head, 0, None, tuple(self.log), self.chain)
                 return [rest, following] if rest.updates else [following]
         return [self.whole()]

@@ -13,8 +13,8 @@ import math
 
 import trio
 
-from mycel.dht.doc.message import NOWHERE, Part, Position
-from mycel.dht.doc.replica import Replica
+from mycel.dht.doc.library import Library
+from mycel.dht.doc.message import NOWHERE, Part, Version
 from mycel.protocol.limits import DocumentLimits
 from mycel.protocol.mesh import PeerId
 
@@ -22,25 +22,25 @@ from mycel.protocol.mesh import PeerId
 class Outbox:
     """What a neighbour should be told."""
 
-    def __init__(self, replica: Replica, limits: DocumentLimits) -> None:
-        self._replica = replica
+    def __init__(self, library: Library, limits: DocumentLimits) -> None:
+        self._library = library
         self._bytes_max = limits.reply_bytes
         self._quiet_s = limits.quiet_s
         self._quiet_until: dict[PeerId, float] = {}
-        self._waiting: dict[PeerId, Position] = {}
-        self._known: dict[PeerId, Position] = {}
+        self._waiting: dict[PeerId, Version] = {}
+        self._known: dict[PeerId, Version] = {}
         self._news = trio.Event()
 
-    def put(self, author: PeerId, before: Position, *, even_if_quiet: bool = False) -> None:
+    def put(self, author: PeerId, before: Version, *, even_if_quiet: bool = False) -> None:
         """`author`'s document went on from `before`."""
         if self._quiet_until.get(author, -math.inf) > trio.current_time() and not even_if_quiet:
             return
         self._waiting.setdefault(author, before)
         self._news.set()
 
-    def has(self, author: PeerId, position: Position) -> None:
+    def has(self, author: PeerId, version: Version) -> None:
         """The neighbour is there with `author`."""
-        self._known[author] = max(self._known.get(author, NOWHERE), position)
+        self._known[author] = max(self._known.get(author, NOWHERE), version)
 
     def knew(self, author: PeerId) -> None:
         """The neighbour hears of `author` sooner from others."""
@@ -61,8 +61,8 @@ class Outbox:
         while self._waiting and size < self._bytes_max:
             author = next(iter(self._waiting))
             begin = max(self._waiting.pop(author), self._known.get(author, NOWHERE))
-            found = self._replica.since(author, begin)
-            self.has(author, self._replica.position(author))
+            found = self._library.since(author, begin)
+            self.has(author, self._library.version(author))
             size += sum(part.size for part in found)
             parts += found
         if not self._waiting:

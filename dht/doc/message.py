@@ -1,13 +1,13 @@
 """What peers say about documents: heads, parts, and the calls that carry them.
 
-A document's history is a hash chain. An epoch begins with a snapshot, and each update continues it:
+A document's history is a hash chain. An edition begins with a snapshot, and each update continues it:
 
-    digest(0)   = SHA-256("mycel doc snapshot" || epoch, u64 || snapshot)
+    digest(0)   = SHA-256("mycel doc snapshot" || edition, u64 || snapshot)
     digest(n)   = SHA-256(digest(n - 1) || update n)
 
-The author's head signs (epoch, sequence, digest), so it stands for the snapshot and every update after it,
-and whoever passes them on can neither add nor leave out nor change anything. (epoch, sequence) is the
-document's position; a later one replaces an earlier one. Compaction is a new epoch whose snapshot holds what
+The author's head signs (edition, sequence, digest), so it stands for the snapshot and every update after it,
+and whoever passes them on can neither add nor leave out nor change anything. (edition, sequence) is the
+document's version; a later one replaces an earlier one. Compaction is a new edition whose snapshot holds what
 was live.
 """
 
@@ -32,40 +32,40 @@ BUCKET_BYTES = 8
 _signed = msgspec.msgpack.Encoder()
 
 
-class Position(NamedTuple):
-    """How far a document is; later positions are greater."""
+class Version(NamedTuple):
+    """How far a document is; later versions are greater."""
 
-    epoch: int
+    edition: int
     sequence: int
 
 
-NOWHERE = Position(0, 0)
+NOWHERE = Version(0, 0)
 """Before every document."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
-    """The author's word on its document at one position."""
+    """The author's word on its document at one version."""
 
     author: PeerId
-    epoch: int
+    edition: int
     sequence: int
     digest: bytes
     signature: bytes
 
     @property
-    def position(self) -> Position:
+    def version(self) -> Version:
         """Where the document is."""
-        return Position(self.epoch, self.sequence)
+        return Version(self.edition, self.sequence)
 
     def signed_bytes(self) -> bytes:
         """What the signature is over."""
-        return head_bytes(self.author, self.position, self.digest)
+        return head_bytes(self.author, self.version, self.digest)
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """A head, and what leads to it from sequence `start` of its epoch.
+    """A head, and what leads to it from sequence `start` of its edition.
 
-    `snapshot` None with `start` 0: whoever stands at the end of the epoch before can rebuild it.
+    `snapshot` None with `start` 0: whoever stands at the end of the edition before can rebuild it.
     """
 
     head: Head
@@ -73,7 +73,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     snapshot: bytes | None
     updates: tuple[bytes, ...]
     chain: bytes = b""
-    """What shows that the author may write here, as membership chains do; from an epoch's beginning only."""
+    """What shows that the author may write here, as membership chains do; at an edition's beginning only."""
 
     @property
     def size(self) -> int:
@@ -109,7 +109,7 @@ class Vector(msgspec.Struct, array_like=True):
     """Where the asker is with every author of some buckets."""
 
     buckets: list[int]
-    positions: dict[PeerId, Position]
+    versions: dict[PeerId, Version]
 
 
 class Missing(msgspec.Struct, array_like=True):
@@ -117,7 +117,7 @@ class Missing(msgspec.Struct, array_like=True):
 
     parts: list[Part]
     is_all: bool
-    wants: dict[PeerId, Position]
+    wants: dict[PeerId, Version]
 
 
 PUSH = Method("doc.push", PushParts, PushReply, idempotent=True)
@@ -125,14 +125,14 @@ COMPARE = Method("doc.compare", Compare, Differing, idempotent=True)
 SYNC = Method("doc.sync", Vector, Missing, idempotent=True)
 
 
-def head_bytes(author: PeerId, position: Position, digest: bytes) -> bytes:
+def head_bytes(author: PeerId, version: Version, digest: bytes) -> bytes:
     """The bytes that an author signs for its head."""
-    return in_domain("document", _signed.encode([author, *position, digest]))
+    return in_domain("document", _signed.encode([author, *version, digest]))
 
 
-def first_digest(epoch: int, snapshot: bytes) -> bytes:
-    """The digest (32 bytes) at sequence 0 of an epoch."""
-    return hashlib.sha256(b"mycel doc snapshot" + struct.pack(">Q", epoch) + snapshot).digest()
+def first_digest(edition: int, snapshot: bytes) -> bytes:
+    """The digest (32 bytes) at sequence 0 of an edition."""
+    return hashlib.sha256(b"mycel doc snapshot" + struct.pack(">Q", edition) + snapshot).digest()
 
 
 def next_digest(digest: bytes, updates: Iterable[bytes]) -> bytes:

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from mycel.dht.doc.message import Head, Part, Position
+from mycel.dht.doc.message import Head, Part, Version
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.mesh import PeerId
 
-VERSION = 1
+SCHEMA_VERSION = 1
 
 _SCHEMA = """
-CREATE TABLE head (author TEXT PRIMARY KEY, epoch INTEGER, sequence INTEGER, digest BLOB, signature BLOB);
+CREATE TABLE head (author TEXT PRIMARY KEY, edition INTEGER, sequence INTEGER, digest BLOB, signature BLOB);
 CREATE TABLE snapshot (author TEXT PRIMARY KEY, content BLOB, chain BLOB);
 CREATE TABLE log (author TEXT, sequence INTEGER, content BLOB, PRIMARY KEY (author, sequence)) WITHOUT ROWID;
 """
@@ -36,7 +36,7 @@ class DocumentStore(Protocol):
     def load(self) -> list[Part]:
         """Every document, whole, ordered by author."""
 
-    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+    def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         """Keep a document, of which `kept` was kept before. On return it is safe from the process's death,
         and from a loss of power where `durable`. Raises `UsageProblem` where it cannot be kept.
         """
@@ -55,7 +55,7 @@ class VolatileStore:
         """See `DocumentStore.load`."""
         return [self._documents[author] for author in sorted(self._documents)]
 
-    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+    def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         """See `DocumentStore.save`."""
         self._documents[whole.head.author] = whole
 
@@ -79,13 +79,13 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         with self._transaction():
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+            (schema,) = self._database.execute("PRAGMA user_version").fetchone()
+            if schema == 0:
                 for statement in _SCHEMA.strip().splitlines():
                     self._database.execute(statement)
-                self._database.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise self._unusable(f"it is of version {version}, this program reads {VERSION}")
+                self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif schema != SCHEMA_VERSION:
+                raise self._unusable(f"it is of schema {schema}, this program reads {SCHEMA_VERSION}")
 
     def _unusable(self, why: str) -> UsageProblem:
         return UsageProblem(
@@ -112,28 +112,28 @@ class SqliteStore:
 
     def _read(self) -> Iterator[Part]:
         heads = self._database.execute(
-            "SELECT author, epoch, sequence, digest, signature, content, chain"
+            "SELECT author, edition, sequence, digest, signature, content, chain"
             " FROM head JOIN snapshot USING (author) ORDER BY author"
         ).fetchall()
-        for author, epoch, sequence, digest, signature, snapshot, chain in heads:
+        for author, edition, sequence, digest, signature, snapshot, chain in heads:
             rows = self._database.execute(
                 "SELECT content FROM log WHERE author = ? ORDER BY sequence", (author,)
             )
-            head = Head(author, epoch, sequence, digest, signature)
+            head = Head(author, edition, sequence, digest, signature)
             yield Part(head, 0, snapshot, tuple(content for (content,) in rows), chain)
 
-    def save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+    def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         """See `DocumentStore.save`."""
         try:
             self._save(whole, kept, durable=durable)
         except sqlite3.Error as error:
             raise UsageProblem(f"{self._path}: {error}; see to it that its disk has room") from None
 
-    def _save(self, whole: Part, kept: Position | None, *, durable: bool) -> None:
+    def _save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         head = whole.head
         author = head.author
         with self._transaction(durable=durable):
-            if kept is None or kept.epoch != head.epoch or kept.sequence > head.sequence:
+            if kept is None or kept.edition != head.edition or kept.sequence > head.sequence:
                 self._database.execute("DELETE FROM log WHERE author = ?", (author,))
                 self._database.execute(
                     "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)", (author, whole.snapshot, whole.chain)
@@ -147,7 +147,7 @@ class SqliteStore:
             )
             self._database.execute(
                 "INSERT OR REPLACE INTO head VALUES (?, ?, ?, ?, ?)",
-                (author, head.epoch, head.sequence, head.digest, head.signature),
+                (author, head.edition, head.sequence, head.digest, head.signature),
             )
 
     def forget(self, author: PeerId) -> None:

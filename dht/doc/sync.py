@@ -3,7 +3,7 @@
 A node pushes what is new to it, its own writes and what it took from others, to a few neighbours chosen at
 random, one call at a time to each, so that a slow neighbour gets fewer and larger messages. Every two
 seconds, whenever a peer comes, and whenever a part does not continue what is here, it compares with one peer:
-one digest per bucket of authors, positions for the buckets that differ, then whatever either side lacks.
+one digest per bucket of authors, versions for the buckets that differ, then whatever either side lacks.
 So a partition, a lost message or a restart costs time and no change.
 """
 
@@ -16,6 +16,7 @@ import trio
 
 from mycel.dht.changes import Changes
 from mycel.dht.doc.gossip import Outbox
+from mycel.dht.doc.library import Library, Taken
 from mycel.dht.doc.message import (
     COMPARE,
     PUSH,
@@ -24,12 +25,11 @@ from mycel.dht.doc.message import (
     Differing,
     Missing,
     Part,
-    Position,
     PushParts,
     PushReply,
     Vector,
+    Version,
 )
-from mycel.dht.doc.replica import Replica, Taken
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, LimitExceeded, MycelError
 from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
@@ -48,9 +48,9 @@ class Documents:
     """The documents of a swarm at one node. `run` must be running for them to travel."""
 
     def __init__(
-        self, mesh: Mesh, rpc: Rpc, replica: Replica, limits: DocumentLimits = DEFAULT_DOCUMENT_LIMITS
+        self, mesh: Mesh, rpc: Rpc, library: Library, limits: DocumentLimits = DEFAULT_DOCUMENT_LIMITS
     ) -> None:
-        self.replica = replica
+        self.library = library
         self._mesh = mesh
         self._rpc = rpc
         self._limits = limits
@@ -71,15 +71,15 @@ class Documents:
     def write(self, changes: Mapping[str, bytes | None]) -> None:
         """Set keys of this node's document (None deletes); kept when this returns, and on its way to all.
 
-        Raises as `Replica.write`.
+        Raises as `Library.write`.
         """
-        before = self.replica.write(changes)
+        before = self.library.write(changes)
         if before is not None:
             self._offer(self._mesh.peer_id, before)
 
     def read(self, prefix: str) -> list[Fact]:
         """What all authors say under keys that start so, ordered by (key, author)."""
-        return self.replica.read(prefix)
+        return self.library.read(prefix)
 
     def watch(self, prefix: str) -> AbstractAsyncContextManager[AsyncIterator[Fact]]:
         """Changes under `prefix` from the moment of entering; a slow reader gets the latest of each key."""
@@ -89,13 +89,13 @@ class Documents:
     async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
         changes = Changes(prefix)
         self._listeners[id(changes)] = changes
-        self.replica.on_changes = self._tell
+        self.library.on_changes = self._tell
         try:
             yield changes
         finally:
             del self._listeners[id(changes)]
             if not self._listeners:
-                self.replica.on_changes = None
+                self.library.on_changes = None
 
     def _tell(self, facts: Sequence[Fact]) -> None:
         for listener in self._listeners.values():
@@ -148,7 +148,7 @@ class Documents:
         self._choose(nursery, peer)
 
     def _choose(self, nursery: trio.Nursery, peer: PeerId) -> None:
-        self._outboxes[peer] = Outbox(self.replica, self._limits)
+        self._outboxes[peer] = Outbox(self.library, self._limits)
         self._pushes[peer] = trio.CancelScope()
         nursery.start_soon(self._push, peer, self._outboxes[peer], self._pushes[peer])
 
@@ -175,7 +175,7 @@ class Documents:
     # --- pushing
 
     def _offer(
-        self, author: PeerId, before: Position, source: PeerId | None = None, *, was_missed: bool = False
+        self, author: PeerId, before: Version, source: PeerId | None = None, *, was_missed: bool = False
     ) -> None:
         for peer, outbox in self._outboxes.items():
             if peer != source:
@@ -216,10 +216,10 @@ class Documents:
             if number % PARTS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             author = part.head.author
-            before = self.replica.position(author)
-            was = became[author] = self.replica.take(part)
+            before = self.library.version(author)
+            was = became[author] = self.library.take(part)
             if was in (Taken.NEWS, Taken.KNOWN) and peer in self._outboxes:
-                self._outboxes[peer].has(author, part.head.position)
+                self._outboxes[peer].has(author, part.head.version)
             if was is Taken.NEWS:
                 source = peer if author != self._mesh.peer_id else None
                 self._offer(author, before, source, was_missed=was_missed)
@@ -268,31 +268,31 @@ class Documents:
     async def _compare(self, peer: PeerId) -> None:
         """Find out where this node and `peer` differ, and mend it both ways."""
         limit_s = self._limits.call_s
-        digests = Compare(self.replica.vector.digests)
+        digests = Compare(self.library.vector.digests)
         differing = await self._rpc.call(peer, COMPARE, digests, deadline_s=limit_s)
         if not differing.buckets:
             return
         while True:
-            positions = dict(self.replica.vector.of(differing.buckets))
-            reply = await self._rpc.call(peer, SYNC, Vector(differing.buckets, positions), deadline_s=limit_s)
+            versions = dict(self.library.vector.of(differing.buckets))
+            reply = await self._rpc.call(peer, SYNC, Vector(differing.buckets, versions), deadline_s=limit_s)
             became = await self._take(peer, reply.parts, was_missed=True)
             if reply.is_all or Taken.NEWS not in became.values():
                 break
-        outbox = Outbox(self.replica, self._limits)
-        for author, position in reply.wants.items():
-            outbox.put(author, Position(*position))
+        outbox = Outbox(self.library, self._limits)
+        for author, version in reply.wants.items():
+            outbox.put(author, Version(*version))
         while parts := outbox.take():
             await self._send(peer, parts)
 
     async def _on_compare(self, call: Call, request: Compare) -> Differing:
-        return Differing(self.replica.vector.differing(request.buckets))
+        return Differing(self.library.vector.differing(request.buckets))
 
     async def _on_sync(self, call: Call, request: Vector) -> Missing:
-        if len(request.positions) > self._limits.authors:
-            raise LimitExceeded(f"a vector of {len(request.positions)} authors; documents.authors bounds it")
-        missing = self.replica.missing(request)
+        if len(request.versions) > self._limits.authors:
+            raise LimitExceeded(f"a vector of {len(request.versions)} authors; documents.authors bounds it")
+        missing = self.library.missing(request)
         self.sent_parts += len(missing.parts)
         if call.peer in self._outboxes:
-            for author, position in request.positions.items():
-                self._outboxes[call.peer].has(author, min(position, self.replica.position(author)))
+            for author, version in request.versions.items():
+                self._outboxes[call.peer].has(author, min(version, self.library.version(author)))
         return missing

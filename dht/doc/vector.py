@@ -1,7 +1,7 @@
 """Where a node is with every author, and a short way to find out where two nodes differ.
 
 Authors fall into buckets by a hash of their ids. Two nodes compare one short digest per bucket, and exchange
-positions only for the buckets that differ.
+versions only for the buckets that differ.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from mycel.dht.doc.message import BUCKET_BYTES, BUCKETS, Position, bucket_of
+from mycel.dht.doc.message import BUCKET_BYTES, BUCKETS, Version, bucket_of
 from mycel.protocol.mesh import PeerId
 
 
 class StateVector:
-    """Positions by author."""
+    """Versions by author."""
 
     def __init__(self) -> None:
-        self._buckets: list[dict[PeerId, Position]] = [{} for _ in range(BUCKETS)]
+        self._buckets: list[dict[PeerId, Version]] = [{} for _ in range(BUCKETS)]
         self._digests: list[bytes | None] = [None] * BUCKETS
 
-    def put(self, author: PeerId, position: Position) -> None:
+    def put(self, author: PeerId, version: Version) -> None:
         """`author`'s document is there now."""
         bucket = bucket_of(author)
-        self._buckets[bucket][author] = position
+        self._buckets[bucket][author] = version
         self._digests[bucket] = None
 
     @property
@@ -35,7 +35,7 @@ class StateVector:
         known = self._digests[bucket]
         if known is None:
             lines = sorted(
-                f"{author} {at.epoch} {at.sequence}" for author, at in self._buckets[bucket].items()
+                f"{author} {at.edition} {at.sequence}" for author, at in self._buckets[bucket].items()
             )
             known = hashlib.sha256("\n".join(lines).encode()).digest()[:BUCKET_BYTES]
             self._digests[bucket] = known
@@ -49,7 +49,7 @@ class StateVector:
             if digests[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES] != self._digest(bucket)
         ]
 
-    def of(self, buckets: Iterable[int]) -> Mapping[PeerId, Position]:
-        """Positions in some buckets; numbers that are no bucket's count for nothing."""
+    def of(self, buckets: Iterable[int]) -> Mapping[PeerId, Version]:
+        """Versions in some buckets; numbers that are no bucket's count for nothing."""
         wanted = sorted({bucket for bucket in buckets if 0 <= bucket < BUCKETS})
         return {author: at for bucket in wanted for author, at in self._buckets[bucket].items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mycel.dht.doc.replica import Replica
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.store import SqliteStore
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import DocumentLimits
@@ -40,12 +40,12 @@ class Signer:
 
 def main() -> None:
     """Write one key after the other."""
-    replica = Replica(Signer(), SqliteStore(Path(sys.argv[1])), lambda *_: True, limits=LIMITS)
-    held = {fact.key: int(fact.value or b"0") for fact in replica.read("")}
+    library = Library(Signer(), SqliteStore(Path(sys.argv[1])), lambda *_: True, limits=LIMITS)
+    held = {fact.key: int(fact.value or b"0") for fact in library.read("")}
     number = max(held.values(), default=0)
     while True:
         number += 1
-        replica.write({f"k{number % 30}": b"%d" % number})
+        library.write({f"k{number % 30}": b"%d" % number})
         print(number, flush=True)
 
 

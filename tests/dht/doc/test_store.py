@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE, Part
-from mycel.dht.doc.replica import Replica
 from mycel.dht.doc.store import SqliteStore
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.limits import DocumentLimits
@@ -25,21 +25,21 @@ SMALL = DocumentLimits(log_bytes=300)
 Signers = Callable[[int], Any]
 
 
-def open_replica(path: Path, signer: Any) -> tuple[Replica, SqliteStore]:
+def open_library(path: Path, signer: Any) -> tuple[Library, SqliteStore]:
     store = SqliteStore(path)
-    return Replica(signer, store, lambda *_: True, limits=SMALL), store
+    return Library(signer, store, lambda *_: True, limits=SMALL), store
 
 
-def whole_of(replica: Replica, signer: Any) -> Part:
-    (part,) = replica.since(signer.peer_id, NOWHERE)
+def whole_of(library: Library, signer: Any) -> Part:
+    (part,) = library.since(signer.peer_id, NOWHERE)
     return part
 
 
 def test_documents_come_back_as_they_were(tmp_path: Path, signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, store_a = open_replica(tmp_path / "a", a)
-    rb, store_b = open_replica(tmp_path / "b", b)
-    for n in range(40):  # over several epochs
+    ra, store_a = open_library(tmp_path / "a", a)
+    rb, store_b = open_library(tmp_path / "b", b)
+    for n in range(40):  # over several editions
         before = ra.write({f"k{n % 4}": b"%d" % n})
         assert before is not None
         for part in ra.since(a.peer_id, before):
@@ -49,7 +49,7 @@ def test_documents_come_back_as_they_were(tmp_path: Path, signer_of: Signers) ->
     assert wholes[0] == whole_of(ra, a)
     store_a.close()
     store_b.close()
-    again, store = open_replica(tmp_path / "b", b)
+    again, store = open_library(tmp_path / "b", b)
     assert [whole_of(again, signer) for signer in (a, b)] == wholes
     assert again.refused == {}
     store.close()
@@ -57,8 +57,8 @@ def test_documents_come_back_as_they_were(tmp_path: Path, signer_of: Signers) ->
 
 def test_a_damaged_document_is_dropped_and_the_others_stay(tmp_path: Path, signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, store_a = open_replica(tmp_path / "a", a)
-    rb, store_b = open_replica(tmp_path / "b", b)
+    ra, store_a = open_library(tmp_path / "a", a)
+    rb, store_b = open_library(tmp_path / "b", b)
     ra.write({"k": b"1"})
     rb.write({"k": b"2"})
     rb.take(whole_of(ra, a))
@@ -67,11 +67,11 @@ def test_a_damaged_document_is_dropped_and_the_others_stay(tmp_path: Path, signe
     with sqlite3.connect(tmp_path / "b") as database:
         database.execute("UPDATE log SET content = x'00' WHERE author = ?", (a.peer_id,))
     database.close()
-    again, store = open_replica(tmp_path / "b", b)
+    again, store = open_library(tmp_path / "b", b)
     assert again.refused == {"damaged": 1}
     assert [fact.author for fact in again.read("")] == [b.peer_id]
     store.close()
-    once_more, store = open_replica(tmp_path / "b", b)
+    once_more, store = open_library(tmp_path / "b", b)
     assert once_more.refused == {}
     store.close()
 
@@ -83,13 +83,13 @@ def test_a_file_of_something_else_is_refused_with_advice(tmp_path: Path) -> None
     newer = sqlite3.connect(tmp_path / "newer")
     newer.execute("PRAGMA user_version = 7")
     newer.close()
-    with pytest.raises(UsageProblem, match="version 7"):
+    with pytest.raises(UsageProblem, match="schema 7"):
         SqliteStore(tmp_path / "newer")
 
 
 def test_a_failed_save_leaves_nothing_of_the_write(tmp_path: Path, signer_of: Signers) -> None:
     a = signer_of(1)
-    ra, store = open_replica(tmp_path / "a", a)
+    ra, store = open_library(tmp_path / "a", a)
     ra.write({"k": b"1"})
     store.close()
     with pytest.raises(UsageProblem, match="room"):
@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_nothing_of_the_write(tmp_path: Path, signer_of: Si
 
 def test_a_log_cut_off_at_any_byte_leaves_a_prefix_of_the_writes(tmp_path: Path, signer_of: Signers) -> None:
     signer = signer_of(1)
-    ra, store = open_replica(tmp_path / "a", signer)
+    ra, store = open_library(tmp_path / "a", signer)
     states = [{}, *({f"k{n % 4}": b"%d" % n for n in range(max(0, end - 4), end)} for end in range(1, 31))]
     for n in range(30):  # with two compactions
         ra.write({f"k{n % 4}": b"%d" % n})
@@ -111,9 +111,9 @@ def test_a_log_cut_off_at_any_byte_leaves_a_prefix_of_the_writes(tmp_path: Path,
     for cut in sorted([0, len(log), *(draw.randrange(len(log)) for _ in range(60))]):
         (tmp_path / "cut").write_bytes(database)
         (tmp_path / "cut-wal").write_bytes(log[:cut])
-        replica, store = open_replica(tmp_path / "cut", signer)
-        assert replica.refused == {}
-        reached.append(states.index({fact.key: fact.value for fact in replica.read("")}))
+        library, store = open_library(tmp_path / "cut", signer)
+        assert library.refused == {}
+        reached.append(states.index({fact.key: fact.value for fact in library.read("")}))
         store.close()
         for left in tmp_path.glob("cut*"):
             left.unlink()
@@ -138,8 +138,8 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path, signer_of: Si
         done = [int(line) for line in lines if line.endswith(b"\n")]
         assert done[0] > acknowledged
         acknowledged = done[-1]
-        replica, store = open_replica(path, signer)
-        held = {fact.key: int(fact.value or b"0") for fact in replica.read("")}
+        library, store = open_library(path, signer)
+        held = {fact.key: int(fact.value or b"0") for fact in library.read("")}
         newest = max(held.values())
         assert newest in (acknowledged, acknowledged + 1)  # one may be kept and not yet said to be
         assert held == {f"k{n % 30}": n for n in range(max(1, newest - 29), newest + 1)}

@@ -64,7 +64,7 @@ async def test_all_agree_after_a_partition_with_writes_on_both_sides(autojump_cl
         assert all(state == states[0] for state in states)
         assert len(swarm.nodes[3].documents.read("k")) == 20 * 5
         assert {fact.value for fact in swarm.nodes[3].documents.read("k4")} == {b"9"}
-        assert all(node.replica.refused == {} for node in swarm.nodes)
+        assert all(node.library.refused == {} for node in swarm.nodes)
 
 
 async def test_nothing_written_is_lost_by_nodes_that_die_and_restart(autojump_clock: Clock) -> None:
@@ -126,8 +126,8 @@ async def test_broken_branches_do_not_keep_news_from_anybody(autojump_clock: Clo
         left = [node for node in swarm.nodes if node.mesh.is_alive]
         swarm.nodes[0].documents.write({"k": b"last"})
         author = swarm.nodes[0].mesh.peer_id
-        last = swarm.nodes[0].replica.position(author)
-        await swarm.until(lambda: all(node.replica.position(author) == last for node in left), 10)
+        last = swarm.nodes[0].library.version(author)
+        await swarm.until(lambda: all(node.library.version(author) == last for node in left), 10)
         assert all(node.documents.read("k")[0].value == b"last" for node in left)
 
 
@@ -136,7 +136,7 @@ async def test_who_sends_forgeries_is_dropped(autojump_clock: Clock) -> None:
         a, b = swarm.nodes
         a.documents.write({"k": b"1"})
         await swarm.until(swarm.is_settled, 10)
-        (part,) = a.replica.since(a.mesh.peer_id, a.replica.position(b.mesh.peer_id))
+        (part,) = a.library.since(a.mesh.peer_id, a.library.version(b.mesh.peer_id))
         later = msgspec.structs.replace(part.head, sequence=5)
         forged = msgspec.structs.replace(part, head=later)
         liar = swarm.world.add("liar")
@@ -146,7 +146,7 @@ async def test_who_sends_forgeries_is_dropped(autojump_clock: Clock) -> None:
         with pytest.raises(ConnectionLost):
             for _ in range(10):
                 await rpc.call(b.mesh.peer_id, PUSH, PushParts([forged] * 10), deadline_s=5)
-        assert b.replica.refused == {"forged": SMALL.refusals}
+        assert b.library.refused == {"forged": SMALL.refusals}
         assert a.mesh.peer_id in b.mesh.peers
         assert b.documents.read("") == [Fact(a.mesh.peer_id, "k", b"1")]
         nursery.cancel_scope.cancel()

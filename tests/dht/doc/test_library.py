@@ -1,4 +1,4 @@
-"""What a replica takes in, refuses, and gives out; and that replicas agree whatever happens in between."""
+"""What a library takes in, refuses, and gives out; and that nodes agree whatever happens in between."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mycel.dht.doc.document import Document
-from mycel.dht.doc.message import NOWHERE, Head, Missing, Part, Position, Vector, head_bytes, next_digest
-from mycel.dht.doc.replica import Replica, Taken
+from mycel.dht.doc.library import Library, Taken
+from mycel.dht.doc.message import NOWHERE, Head, Missing, Part, Vector, Version, head_bytes, next_digest
 from mycel.dht.doc.store import VolatileStore
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded
@@ -27,16 +27,16 @@ def anybody(author: str, chain: bytes) -> bool:
     return True
 
 
-def replica_of(signer: Any, store: VolatileStore | None = None, limits: DocumentLimits = SMALL) -> Replica:
-    return Replica(signer, store or VolatileStore(), anybody, limits=limits)
+def library_of(signer: Any, store: VolatileStore | None = None, limits: DocumentLimits = SMALL) -> Library:
+    return Library(signer, store or VolatileStore(), anybody, limits=limits)
 
 
-def whole_of(replica: Replica, signer: Any) -> Part:
-    (part,) = replica.since(signer.peer_id, NOWHERE)
+def whole_of(library: Library, signer: Any) -> Part:
+    (part,) = library.since(signer.peer_id, NOWHERE)
     return part
 
 
-def catch_up(reader: Replica, source: Replica) -> Missing:
+def catch_up(reader: Library, source: Library) -> Missing:
     """One exchange: what `reader` lacks of `source`."""
     buckets = source.vector.differing(reader.vector.digests)
     return source.missing(Vector(buckets, dict(reader.vector.of(buckets))))
@@ -44,7 +44,7 @@ def catch_up(reader: Replica, source: Replica) -> Missing:
 
 def test_an_update_is_taken_once_and_read_in_order(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, rb = replica_of(a), replica_of(b)
+    ra, rb = library_of(a), library_of(b)
     ra.write({"model/x": b"1", "job/y": b"2"})
     rb.write({"model/x": b"3"})
     part = whole_of(ra, a)
@@ -59,10 +59,10 @@ def test_an_update_is_taken_once_and_read_in_order(signer_of: Signers) -> None:
 
 def test_updates_in_between_are_missed_and_asked_for(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, rb = replica_of(a), replica_of(b)
+    ra, rb = library_of(a), library_of(b)
     ra.write({"k": b"1"})
     rb.take(whole_of(ra, a))
-    behind = rb.position(a.peer_id)
+    behind = rb.version(a.peer_id)
     missed = ra.write({"k": b"2"})
     assert missed is not None
     between = ra.write({"l": b"3"})
@@ -77,10 +77,10 @@ def test_updates_in_between_are_missed_and_asked_for(signer_of: Signers) -> None
 
 def test_overlapping_updates_are_taken_from_where_they_are_new(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, rb = replica_of(a), replica_of(b)
+    ra, rb = library_of(a), library_of(b)
     first = ra.write({"k": b"1"})
     assert first == NOWHERE
-    start = ra.position(a.peer_id)
+    start = ra.version(a.peer_id)
     rb.take(whole_of(ra, a))
     ra.write({"k": b"2"})
     rb.take(ra.since(a.peer_id, start)[0])
@@ -91,11 +91,11 @@ def test_overlapping_updates_are_taken_from_where_they_are_new(signer_of: Signer
 
 def test_compaction_needs_no_bytes_where_everything_is_known(signer_of: Signers) -> None:
     a, b, c = signer_of(1), signer_of(2), signer_of(3)
-    ra, rb, rc = replica_of(a), replica_of(b), replica_of(c)
+    ra, rb, rc = library_of(a), library_of(b), library_of(c)
     for n in range(3):
         ra.write({f"k{n}": b"v"})
     rb.take(whole_of(ra, a))
-    at_end = rb.position(a.peer_id)
+    at_end = rb.version(a.peer_id)
     ra.write({"k0": None})
     ra.compact()
     tail, bare = ra.since(a.peer_id, at_end)
@@ -109,7 +109,7 @@ def test_compaction_needs_no_bytes_where_everything_is_known(signer_of: Signers)
 
 def test_size_follows_what_is_live(signer_of: Signers) -> None:
     a = signer_of(1)
-    ra = replica_of(a)
+    ra = library_of(a)
     for n in range(2000):
         ra.write({f"k{n % 5}": b"%d" % n})
     for n in range(4):
@@ -135,8 +135,8 @@ def forgeries(part: Part, other: Any) -> dict[str, tuple[Part, str]]:
         "added": (msgspec.structs.replace(part, updates=(*part.updates, part.updates[-1])), "forged"),
         "empty update": (msgspec.structs.replace(part, updates=(*part.updates, b"")), "malformed"),
         "other snapshot": (msgspec.structs.replace(part, snapshot=b"x"), "forged"),
-        "epoch too far": (
-            msgspec.structs.replace(part, head=msgspec.structs.replace(head, epoch=1 << 63)),
+        "edition too far": (
+            msgspec.structs.replace(part, head=msgspec.structs.replace(head, edition=1 << 63)),
             "malformed",
         ),
         "oversized": (msgspec.structs.replace(part, snapshot=b"x" * 10_000), "oversized"),
@@ -146,59 +146,59 @@ def forgeries(part: Part, other: Any) -> dict[str, tuple[Part, str]]:
 
 def test_what_does_not_hold_is_refused_and_counted(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra = replica_of(a)
+    ra = library_of(a)
     ra.write({"k": b"value"})
     ra.write({"k": b"value two"})
     for name, (part, reason) in forgeries(whole_of(ra, a), b).items():
-        rb = replica_of(signer_of(3))
+        rb = library_of(signer_of(3))
         assert rb.take(part) is Taken.REFUSED, name
         assert rb.refused == {reason: 1}, name
-        assert (rb.read(""), rb.size, rb.position(a.peer_id)) == ([], 0, NOWHERE), name
+        assert (rb.read(""), rb.size, rb.version(a.peer_id)) == ([], 0, NOWHERE), name
         assert rb.take(whole_of(ra, a)) is Taken.NEWS, name  # and the true one still gets in
 
 
 def test_signed_nonsense_changes_nothing(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra, rb = replica_of(a), replica_of(b)
+    ra, rb = library_of(a), library_of(b)
     ra.write({"k": b"1"})
     rb.take(whole_of(ra, a))
     document = Document.of(whole_of(ra, a))
     digest = next_digest(document.head.digest, [b"nonsense"])
-    at = Position(document.head.epoch, 2)
+    at = Version(document.head.edition, 2)
     head = Head(a.peer_id, *at, digest, a.sign(head_bytes(a.peer_id, at, digest)))
     assert rb.take(Part(head, 1, None, (b"nonsense",))) is Taken.REFUSED
     assert rb.refused == {"malformed": 1}
     ra.write({"k": b"2"})
-    assert rb.take(ra.since(a.peer_id, rb.position(a.peer_id))[0]) is Taken.NEWS
+    assert rb.take(ra.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.NEWS
     assert rb.read("") == [Fact(a.peer_id, "k", b"2")]
 
 
 def test_who_may_not_write_here_is_refused(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    ra = Replica(a, VolatileStore(), anybody, chain=b"let in", limits=SMALL)
-    stranger = replica_of(signer_of(3))
-    rb = Replica(b, VolatileStore(), lambda author, chain: chain == b"let in", limits=SMALL)
+    ra = Library(a, VolatileStore(), anybody, chain=b"let in", limits=SMALL)
+    stranger = library_of(signer_of(3))
+    rb = Library(b, VolatileStore(), lambda author, chain: chain == b"let in", limits=SMALL)
     ra.write({"k": b"1"})
     stranger.write({"k": b"2"})
     assert rb.take(whole_of(stranger, signer_of(3))) is Taken.UNWANTED
     assert rb.take(whole_of(ra, a)) is Taken.NEWS
     assert rb.refused == {"foreign": 1}
     ra.write({"k": b"3"})
-    assert rb.take(ra.since(a.peer_id, rb.position(a.peer_id))[0]) is Taken.NEWS
+    assert rb.take(ra.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.NEWS
 
 
-def test_a_new_chain_travels_with_a_new_epoch(signer_of: Signers) -> None:
+def test_a_new_chain_travels_with_a_new_edition(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
     store = VolatileStore()
     valid = [b"old"]
-    ra = Replica(a, store, anybody, chain=b"old", limits=SMALL)
-    rb = Replica(b, VolatileStore(), lambda author, chain: chain in valid, limits=SMALL)
+    ra = Library(a, store, anybody, chain=b"old", limits=SMALL)
+    rb = Library(b, VolatileStore(), lambda author, chain: chain in valid, limits=SMALL)
     ra.write({"k": b"1"})
     rb.take(whole_of(ra, a))
     valid[:] = [b"new"]
-    ra = Replica(a, store, anybody, chain=b"new", limits=SMALL)
+    ra = Library(a, store, anybody, chain=b"new", limits=SMALL)
     ra.write({"k": b"2"})
-    assert [rb.take(part) for part in ra.since(a.peer_id, rb.position(a.peer_id))] == [Taken.NEWS]
+    assert [rb.take(part) for part in ra.since(a.peer_id, rb.version(a.peer_id))] == [Taken.NEWS]
     assert rb.read("") == [Fact(a.peer_id, "k", b"2")]
 
 
@@ -206,12 +206,12 @@ def test_authors_and_bytes_are_bounded(signer_of: Signers) -> None:
     writers = [signer_of(n) for n in range(1, 5)]
     parts = []
     for signer in writers:
-        replica = replica_of(signer)
-        replica.write({"k": b"v" * 100})
-        parts.append(whole_of(replica, signer))
-    few = replica_of(signer_of(9), limits=replace(SMALL, authors=2))
+        library = library_of(signer)
+        library.write({"k": b"v" * 100})
+        parts.append(whole_of(library, signer))
+    few = library_of(signer_of(9), limits=replace(SMALL, authors=2))
     assert [few.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.UNWANTED] * 2
-    tight = replica_of(signer_of(9), limits=replace(SMALL, total_bytes=300))
+    tight = library_of(signer_of(9), limits=replace(SMALL, total_bytes=300))
     assert [tight.take(part) for part in parts] == [Taken.NEWS] * 2 + [Taken.UNWANTED] * 2
     assert few.refused == tight.refused == {"full": 2}
     assert tight.size <= 300
@@ -219,9 +219,9 @@ def test_authors_and_bytes_are_bounded(signer_of: Signers) -> None:
 
 def test_an_own_write_out_of_bounds_changes_nothing(signer_of: Signers) -> None:
     a = signer_of(1)
-    ra = replica_of(a)
+    ra = library_of(a)
     ra.write({"k": b"1"})
-    at = ra.position(a.peer_id)
+    at = ra.version(a.peer_id)
     for changes in (
         {"": b"1"},
         {"k" * 300: b"1"},
@@ -231,51 +231,63 @@ def test_an_own_write_out_of_bounds_changes_nothing(signer_of: Signers) -> None:
         with pytest.raises(LimitExceeded, match=r"documents\."):
             ra.write(changes)
     assert ra.write({"absent": None}) is None
-    assert ra.position(a.peer_id) == at
+    assert ra.version(a.peer_id) == at
     ra.write({"k": b"2"})
     assert Document.of(whole_of(ra, a)).live == {"k": b"2"}
 
 
 def test_an_old_disk_takes_over_what_others_have(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    backup, rb = VolatileStore(), replica_of(b)
-    ra = replica_of(a, backup)
+    backup, rb = VolatileStore(), library_of(b)
+    ra = library_of(a, backup)
     ra.write({"k": b"1", "l": b"1"})
     old = VolatileStore()
     old.save(whole_of(ra, a), None, durable=True)
     ra.write({"k": b"2"})
     ra.write({"l": b"2"})
     rb.take(whole_of(ra, a))
-    restored = replica_of(a, old)
+    restored = library_of(a, old)
     restored.write({"l": b"3"})
     assert restored.take(whole_of(rb, a)) is Taken.NEWS
     assert [fact.value for fact in restored.read("")] == [b"2", b"3"]
-    for part in restored.since(a.peer_id, rb.position(a.peer_id)):
+    for part in restored.since(a.peer_id, rb.version(a.peer_id)):
         assert rb.take(part) is Taken.NEWS
     assert rb.read("") == restored.read("")
 
 
-def test_two_documents_for_one_position_are_counted_and_the_next_settles_them(signer_of: Signers) -> None:
+def test_a_lost_disk_comes_back_from_others(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
-    one, two, rb = replica_of(a), replica_of(a), replica_of(b)
+    ra, rb = library_of(a), library_of(b)
+    ra.write({"k": b"1"})
+    rb.take(whole_of(ra, a))
+    fresh = library_of(a)
+    assert [fresh.take(part) for part in catch_up(fresh, rb).parts] == [Taken.NEWS]
+    fresh.write({"l": b"2"})
+    assert rb.take(fresh.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.NEWS
+    assert [fact.value for fact in rb.read("")] == [b"1", b"2"]
+
+
+def test_two_documents_for_one_version_are_counted_and_the_next_settles_them(signer_of: Signers) -> None:
+    a, b = signer_of(1), signer_of(2)
+    one, two, rb = library_of(a), library_of(a), library_of(b)
     one.write({"k": b"1"})
     two.write({"k": b"2"})
     rb.take(whole_of(one, a))
     assert rb.take(whole_of(two, a)) is Taken.KNOWN
     assert rb.refused == {"forked": 1}
     two.write({"l": b"3"})
-    assert rb.take(two.since(a.peer_id, rb.position(a.peer_id))[0]) is Taken.GAP
+    assert rb.take(two.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.GAP
     assert rb.take(whole_of(two, a)) is Taken.NEWS
     assert rb.read("") == two.read("")
 
 
 def test_a_newcomer_gets_as_much_as_fits_at_a_time(signer_of: Signers) -> None:
-    source = replica_of(signer_of(9), limits=replace(SMALL, reply_bytes=300))
+    source = library_of(signer_of(9), limits=replace(SMALL, reply_bytes=300))
     for n in range(1, 7):
-        replica = replica_of(signer_of(n))
-        replica.write({"k": b"v" * 100})
-        source.take(whole_of(replica, signer_of(n)))
-    newcomer = replica_of(signer_of(8))
+        library = library_of(signer_of(n))
+        library.write({"k": b"v" * 100})
+        source.take(whole_of(library, signer_of(n)))
+    newcomer = library_of(signer_of(8))
     rounds = 0
     while not (reply := catch_up(newcomer, source)).is_all or reply.parts:
         assert sum(part.size for part in reply.parts) <= 300
@@ -288,11 +300,11 @@ def test_a_newcomer_gets_as_much_as_fits_at_a_time(signer_of: Signers) -> None:
 
 @dataclass
 class Swarm:
-    """Replicas and the parts under way between them, for hypothesis to play with."""
+    """Libraries and the parts under way between them, for hypothesis to play with."""
 
     signers: list[Any]
     stores: list[VolatileStore]
-    replicas: list[Replica]
+    libraries: list[Library]
     under_way: list[tuple[int, Part]]
     written: list[dict[str, bytes]]
 
@@ -312,51 +324,53 @@ steps = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120)
 @given(steps)
-def test_replicas_agree_after_losses_duplicates_reordering_and_restarts(
+def test_nodes_agree_after_losses_duplicates_reordering_and_restarts(
     signer_of: Signers, script: list[tuple[str, Any, Any, Any]]
 ) -> None:
     signers = [signer_of(n) for n in (1, 2, 3)]
     stores = [VolatileStore() for _ in signers]
     pairs = zip(signers, stores, strict=True)
-    swarm = Swarm(signers, stores, [replica_of(*pair) for pair in pairs], [], [{}, {}, {}])
+    swarm = Swarm(signers, stores, [library_of(*pair) for pair in pairs], [], [{}, {}, {}])
     for name, one, two, three in script:
         play(swarm, name, one, two, three)
     for _ in range(3):  # the partition heals: everybody compares with everybody
-        for reader in swarm.replicas:
-            for source in swarm.replicas:
+        for reader in swarm.libraries:
+            for source in swarm.libraries:
                 for part in catch_up(reader, source).parts:
                     assert reader.take(part) is not Taken.REFUSED
-    wholes = [[whole_of(replica, signer) for signer in signers if replica.position(signer.peer_id) > NOWHERE]
-              for replica in swarm.replicas]  # fmt: skip
+    wholes = [[whole_of(library, signer) for signer in signers if library.version(signer.peer_id) > NOWHERE]
+              for library in swarm.libraries]  # fmt: skip
     assert wholes[0] == wholes[1] == wholes[2]  # byte for byte
     for signer, written in zip(signers, swarm.written, strict=True):
-        found = {fact.key: fact.value for fact in swarm.replicas[0].read("") if fact.author == signer.peer_id}
+        found = {
+            fact.key: fact.value for fact in swarm.libraries[0].read("") if fact.author == signer.peer_id
+        }
         assert found == written
-    assert all(replica.refused == {} for replica in swarm.replicas)
+    assert all(library.refused == {} for library in swarm.libraries)
 
 
 def play(swarm: Swarm, name: str, one: Any, two: Any, three: Any) -> None:
     """One step of a script."""
     if name == "write":
         key = f"k{two}"
-        before = swarm.replicas[one].write({key: three})
+        before = swarm.libraries[one].write({key: three})
         if three is None:
             swarm.written[one].pop(key, None)
         else:
             swarm.written[one][key] = three
         if before is not None:
-            parts = swarm.replicas[one].since(swarm.signers[one].peer_id, before)
+            parts = swarm.libraries[one].since(swarm.signers[one].peer_id, before)
             swarm.under_way += [(to, part) for part in parts for to in range(3) if to != one]
     elif name in ("arrive", "lose") and swarm.under_way:
         to, part = swarm.under_way[one % len(swarm.under_way)]
         if name == "arrive":
-            swarm.replicas[to].take(part)
+            swarm.libraries[to].take(part)
         if not two:
             del swarm.under_way[one % len(swarm.under_way)]
     elif name == "restart":
-        swarm.replicas[one] = replica_of(swarm.signers[one], swarm.stores[one])
+        swarm.libraries[one] = library_of(swarm.signers[one], swarm.stores[one])
     elif name == "compare":
-        for part in catch_up(swarm.replicas[one], swarm.replicas[two]).parts:
-            swarm.replicas[one].take(part)
+        for part in catch_up(swarm.libraries[one], swarm.libraries[two]).parts:
+            swarm.libraries[one].take(part)
     elif name == "compact":
-        swarm.replicas[one].compact()
+        swarm.libraries[one].compact()

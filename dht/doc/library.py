@@ -7,10 +7,10 @@ and what does not hold is counted by its reason:
 - `forged`: not signed by the author, or not what was signed;
 - `foreign`: the author shows nothing that lets it write in this swarm;
 - `oversized`: more than a document may have;
-- `malformed`: an impossible position, or bytes that are no update;
+- `malformed`: an impossible version, or bytes that are no update;
 - `full`: no room for one more author;
-- `forked`: the author signed two different documents for one position; the one that was here first stays,
-  until a later position settles it.
+- `forked`: the author signed two different documents for one version; the one that was here first stays,
+  until a later version settles it.
 
 A node that got an old disk back, or lost its disk and has not written yet, hears of its own document from
 others. It takes it over, and writes on top what it has written since it started.
@@ -28,8 +28,8 @@ from mycel.dht.doc.message import (
     Head,
     Missing,
     Part,
-    Position,
     Vector,
+    Version,
     first_digest,
     head_bytes,
     next_digest,
@@ -41,15 +41,15 @@ from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
 from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import PeerId
 
-POSITION_MAX = 1 << 62
-"""Epochs are milliseconds of the author's calendar; SQLite keeps 63 bits."""
+VERSION_MAX = 1 << 62
+"""Editions are milliseconds of the author's calendar; SQLite keeps 63 bits."""
 
 MayWrite = Callable[[PeerId, bytes], bool]
 """Whether an author may write in this swarm, by the chain that it shows."""
 
 
 class Signer(Protocol):
-    """What a replica needs of a mesh: who this node is, signatures, and the calendar."""
+    """What a library needs of a mesh: who this node is, signatures, and the calendar."""
 
     @property
     def peer_id(self) -> PeerId: ...
@@ -79,7 +79,7 @@ class Refusal(Exception):
         self.reason = reason
 
 
-class Replica:
+class Library:
     """The documents of all authors, at one node."""
 
     def __init__(
@@ -98,12 +98,12 @@ class Replica:
         self._chain = chain
         self._limits = limits
         self._documents: dict[PeerId, Document] = {}
-        self._saved: dict[PeerId, Position] = {}
+        self._saved: dict[PeerId, Version] = {}
         self._sizes: dict[PeerId, int] = {}
         self._bytes = 0
         self._written: dict[str, None] = {}
         self.vector = StateVector()
-        """Where this replica is with every author."""
+        """Where this library is with every author."""
         self.on_changes: Callable[[Sequence[Fact]], None] | None = None
         """Called with the changes of each part or write while it is set; each part then costs a look at all
         of its author's keys."""
@@ -112,7 +112,7 @@ class Replica:
         for whole in store.load():
             try:
                 self._put(Document.of(whole))
-                self._saved[whole.head.author] = whole.head.position
+                self._saved[whole.head.author] = whole.head.version
             except (RemoteProtocolError, Unfit):
                 self._count("damaged")
                 store.forget(whole.head.author)
@@ -122,10 +122,10 @@ class Replica:
 
     # --- reading
 
-    def position(self, author: PeerId) -> Position:
+    def version(self, author: PeerId) -> Version:
         """How far `author`'s document is here."""
         document = self._documents.get(author)
-        return NOWHERE if document is None else document.position
+        return NOWHERE if document is None else document.version
 
     @property
     def size(self) -> int:
@@ -148,8 +148,8 @@ class Replica:
 
     # --- writing
 
-    def write(self, changes: Mapping[str, bytes | None]) -> Position | None:
-        """Set keys of the own document (None deletes); kept when this returns. The position before, for
+    def write(self, changes: Mapping[str, bytes | None]) -> Version | None:
+        """Set keys of the own document (None deletes); kept when this returns. The version before, for
         telling others; None where nothing changed.
 
         Raises `LimitExceeded` where the document would outgrow its bounds, or what the store raises: then
@@ -157,14 +157,14 @@ class Replica:
         """
         self._check(changes)
         own = self._documents.get(self._signer.peer_id) or self._begun()
-        before = self.position(self._signer.peer_id)
+        before = self.version(self._signer.peer_id)
         old = {key: own.live.get(key) for key in changes}
         update = own.write(changes)
         if not update:
             return None
         try:
             self._check_size(own)
-            at = Position(own.head.epoch, own.head.sequence + 1)
+            at = Version(own.head.edition, own.head.sequence + 1)
             head = self._sign(at, next_digest(own.head.digest, [update]))
             self._save(Part(head, 0, own.snapshot, (*own.log, update), own.chain), durable=True)
         except BaseException:
@@ -185,15 +185,15 @@ class Replica:
         own = self._documents.get(self._signer.peer_id)
         if own is None or (not own.log and own.chain == self._chain):
             return
-        compacted = own.compacted(self._next_epoch(own.position.epoch), self._sign, self._chain)
+        compacted = own.compacted(self._next_edition(own.version.edition), self._sign, self._chain)
         self._save(compacted.whole(), durable=True)
         self._put(compacted)
 
     def _begun(self) -> Document:
-        epoch = self._next_epoch(0)
-        return Document(self._sign(Position(epoch, 0), first_digest(epoch, b"")), b"", (), self._chain)
+        edition = self._next_edition(0)
+        return Document(self._sign(Version(edition, 0), first_digest(edition, b"")), b"", (), self._chain)
 
-    def _next_epoch(self, last: int) -> int:
+    def _next_edition(self, last: int) -> int:
         return max(last + 1, int(self._signer.wall() * 1000))
 
     def _remember(self, changes: Mapping[str, bytes | None]) -> None:
@@ -204,9 +204,9 @@ class Replica:
         while len(self._written) > self._limits.log_updates:
             del self._written[next(iter(self._written))]
 
-    def _sign(self, position: Position, digest: bytes) -> Head:
+    def _sign(self, version: Version, digest: bytes) -> Head:
         author = self._signer.peer_id
-        return Head(author, *position, digest, self._signer.sign(head_bytes(author, position, digest)))
+        return Head(author, *version, digest, self._signer.sign(head_bytes(author, version, digest)))
 
     def _check(self, changes: Mapping[str, bytes | None]) -> None:
         for key, value in changes.items():
@@ -233,8 +233,8 @@ class Replica:
         """Take in what a peer passed on. Raises what the store raises; the part is here all the same."""
         author = part.head.author
         document = self._documents.get(author)
-        if document is not None and part.head.position <= document.position:
-            if part.head.position == document.position and part.head.digest != document.head.digest:
+        if document is not None and part.head.version <= document.version:
+            if part.head.version == document.version and part.head.digest != document.head.digest:
                 self._count("forked")
             return Taken.KNOWN
         if document is None and part.snapshot is None:
@@ -270,7 +270,7 @@ class Replica:
     def _admit(self, part: Part, document: Document | None) -> None:
         """Raise `Refusal` for a part that must not be looked into."""
         head, limits = part.head, self._limits
-        if not (0 < head.epoch < POSITION_MAX and 0 <= part.start <= head.sequence < POSITION_MAX):
+        if not (0 < head.edition < VERSION_MAX and 0 <= part.start <= head.sequence < VERSION_MAX):
             raise Refusal("malformed")
         if not all(part.updates):
             raise Refusal("malformed")
@@ -291,14 +291,14 @@ class Replica:
     def _save(self, whole: Part, *, durable: bool) -> None:
         author = whole.head.author
         self._store.save(whole, self._saved.get(author), durable=durable)
-        self._saved[author] = whole.head.position
+        self._saved[author] = whole.head.version
 
     def _put(self, document: Document) -> None:
         author = document.head.author
         self._documents[author] = document
         self._bytes += document.size - self._sizes.get(author, 0)
         self._sizes[author] = document.size
-        self.vector.put(author, document.position)
+        self.vector.put(author, document.version)
 
     def _tell(self, document: Document, old: Mapping[str, bytes | None]) -> None:
         """Tell what became of the keys of `old`."""
@@ -314,12 +314,12 @@ class Replica:
 
     # --- giving out
 
-    def since(self, author: PeerId, position: Position) -> list[Part]:
-        """What somebody lacks of `author` who is at `position`, in the order to take it."""
+    def since(self, author: PeerId, version: Version) -> list[Part]:
+        """What somebody lacks of `author` who is at `version`, in the order to take it."""
         document = self._documents.get(author)
-        if document is None or document.position <= position:
+        if document is None or document.version <= version:
             return []
-        return document.since(position)
+        return document.since(version)
 
     def missing(self, vector: Vector) -> Missing:
         """What a peer lacks that is where `vector` says, as much as fits; and what this node lacks of it."""
@@ -327,7 +327,7 @@ class Replica:
         parts: list[Part] = []
         size, is_all = 0, True
         for author in sorted(here):
-            found = self.since(author, Position(*vector.positions.get(author, NOWHERE)))
+            found = self.since(author, Version(*vector.versions.get(author, NOWHERE)))
             if parts and size + sum(part.size for part in found) > self._limits.reply_bytes:
                 is_all = False
                 break
@@ -335,7 +335,7 @@ class Replica:
             parts += found
         wants = {
             author: here.get(author, NOWHERE)
-            for author, position in sorted(vector.positions.items())
-            if Position(*position) > here.get(author, NOWHERE)
+            for author, version in sorted(vector.versions.items())
+            if Version(*version) > here.get(author, NOWHERE)
         }
         return Missing(parts, is_all, wants)
