@@ -31,7 +31,7 @@ from mycel.protocol.errors import (
 )
 from mycel.protocol.identify import read_addrs
 from mycel.protocol.limits import KadLimits
-from mycel.protocol.mesh import Access, Mesh, PeerId, PeerInfo
+from mycel.protocol.mesh import Access, Mesh, PeerId, PeerInfo, Stream
 
 FAILURES = (
     AddressError,
@@ -138,23 +138,7 @@ class Asker:
         stream = await self._mesh.open_stream(peer, self._protocol(peer))
         done = False
         try:
-            raw = write(question)
-            self.bytes += len(raw)
-            await stream.send(raw, end=True)
-            if stream.protocol == FOREIGN_PROTOCOL and question.kind is Kind.ADD_PROVIDER:
-                await stream.receive_some()  # its end: there is no answer
-                done = True
-                return question
-            data = b""
-            while (cut := varint.split_prefixed(data, self._limits.message_bytes)) is None:
-                piece = await stream.receive_some()
-                if not piece:
-                    raise RemoteProtocolError("the stream ended without an answer")
-                data += piece
-            self.bytes += len(data)
-            answer = read(cut[0], self._limits)
-            if answer.kind is not question.kind:
-                raise RemoteProtocolError(f"asked {question.kind.name}, answered {answer.kind.name}")
+            answer = await self._exchange(stream, question)
             done = True
             return answer
         finally:
@@ -162,6 +146,31 @@ class Asker:
                 await stream.aclose()
             else:
                 stream.reset()
+
+    async def _exchange(self, stream: Stream, question: Message) -> Message:
+        """Send and hear.
+
+        js-libp2p gives a stream up whose end came with the question, so over libp2p's own protocol the end
+        comes later; there `ADD_PROVIDER` has no answer, and that of a ping sent after it shows that it was
+        taken.
+        """
+        is_foreign = stream.protocol == FOREIGN_PROTOCOL
+        raw, kind = write(question), question.kind
+        if is_foreign and kind is Kind.ADD_PROVIDER:
+            raw, kind = raw + write(Message(Kind.PING)), Kind.PING
+        self.bytes += len(raw)
+        await stream.send(raw, end=not is_foreign)
+        data = b""
+        while (cut := varint.split_prefixed(data, self._limits.message_bytes)) is None:
+            piece = await stream.receive_some()
+            if not piece:
+                raise RemoteProtocolError("the stream ended without an answer")
+            data += piece
+        self.bytes += len(data)
+        answer = read(cut[0], self._limits)
+        if answer.kind is not kind:
+            raise RemoteProtocolError(f"asked {kind.name}, answered {answer.kind.name}")
+        return question if kind is not question.kind else answer
 
     def _protocol(self, peer: PeerId) -> str:
         """What `peer` speaks of what this node speaks; Mycel's own where it did not say."""

@@ -1,7 +1,8 @@
 // A js-libp2p node for the interop tests. It listens and prints {"listen": ADDR}; then it obeys one JSON command a
 // line on its standard input ({"dial": ADDR}, {"addrs": true}, {"quit": true}) and prints one JSON answer a line.
 // Its argument is JSON: {"listen": [ADDR, ...]} instead of a port on loopback, {"relay": true} to relay for
-// others, {"dcutr": true} to turn relayed connections into direct ones.
+// others, {"dcutr": true} to turn relayed connections into direct ones, {"kad": true} to be a Kademlia server, which
+// puts a record of its own ({"put": NAME, "value": TEXT}) and gets anybody's ({"get": NAME, "author": PEERID}).
 
 // libp2p 3 uses Promise.withResolvers, which node has from version 22 on.
 Promise.withResolvers ??= function () {
@@ -23,13 +24,17 @@ const { identify } = await import('@libp2p/identify')
 const { ping } = await import('@libp2p/ping')
 const { circuitRelayServer, circuitRelayTransport } = await import('@libp2p/circuit-relay-v2')
 const { dcutr } = await import('@libp2p/dcutr')
+const { kadDHT, passthroughMapper } = await import('@libp2p/kad-dht')
+const { generateKeyPair } = await import('@libp2p/crypto/keys')
 const { multiaddr } = await import('@multiformats/multiaddr')
 
 const ECHO = '/mycel-test/echo/1'
 const options = JSON.parse(process.argv[2] ?? '{}')
 const say = (answer) => process.stdout.write(JSON.stringify(answer) + '\n')
 
+const privateKey = await generateKeyPair('Ed25519')
 const node = await createLibp2p({
+  privateKey,
   addresses: { listen: options.listen ?? ['/ip4/127.0.0.1/tcp/0'] },
   transports: [tcp(), webSockets(), circuitRelayTransport()],
   connectionEncrypters: [noise()],
@@ -38,7 +43,16 @@ const node = await createLibp2p({
     identify: identify(),
     ping: ping(),
     ...(options.relay && { relay: circuitRelayServer() }),
-    ...(options.dcutr && { dcutr: dcutr() })
+    ...(options.dcutr && { dcutr: dcutr() }),
+    ...(options.kad && {
+      kad: kadDHT({
+        protocol: '/ipfs/kad/1.0.0',
+        clientMode: false,
+        peerInfoMapper: passthroughMapper,
+        validators: { mycel: async () => {} },
+        selectors: { mycel: (_, records) => records.length - 1 }
+      })
+    })
   },
   connectionGater: { denyDialMultiaddr: () => false }
 })
@@ -109,12 +123,49 @@ async function dial ({ dial: address, large = 3_000_000, echo: echoes = true }) 
   }
 }
 
+const bytes = (text) => new TextEncoder().encode(text)
+const u64 = (number) => { const out = Buffer.alloc(8); out.writeBigUInt64BE(BigInt(number)); return out }
+const nameOf = (author, name) => bytes(`/mycel/${author}/${name}`)
+
+// A record as docs/protocol.md has it; lengths here stay under 128, so a varint is one byte.
+async function put ({ put: name, value, sequence = 1, life_s: life = 600 }) {
+  const key = nameOf(node.peerId, name)
+  const expires = Date.now() + life * 1000
+  const parts = [bytes('mycel-record'), key, u64(sequence), u64(expires), bytes(value)]
+  const signature = await privateKey.sign(Buffer.concat(parts.flatMap((part) => [Buffer.of(part.length), part])))
+  const record = Buffer.concat([
+    Buffer.of(0x95, 1, 0xcf), u64(sequence), Buffer.of(0xcf), u64(expires),
+    Buffer.of(0xc4, value.length), bytes(value), Buffer.of(0xc4, signature.length), signature
+  ])
+  const errors = []
+  let answered = 0
+  for await (const event of node.services.kad.put(key, record)) {
+    if (event.name === 'PEER_RESPONSE' && event.messageName === 'PUT_VALUE') answered++
+    if (event.name === 'QUERY_ERROR') errors.push(String(event.error))
+  }
+  return { answered, errors }
+}
+
+async function get ({ get: name, author }) {
+  for await (const event of node.services.kad.get(nameOf(author, name))) {
+    if (event.name === 'VALUE') return { record: Buffer.from(event.value).toString('hex') }
+  }
+  return { record: null }
+}
+
+async function obey (command) {
+  if (command.addrs) return node.getMultiaddrs().map(String)
+  if (command.put) return await put(command)
+  if (command.get) return await get(command)
+  return await dial(command)
+}
+
 say({ listen: node.getMultiaddrs()[0]?.toString() })
 for await (const line of createInterface({ input: process.stdin })) {
   const command = JSON.parse(line)
   if (command.quit) break
   try {
-    say(command.addrs ? node.getMultiaddrs().map(String) : await dial(command))
+    say(await obey(command))
   } catch (error) {
     say({ error: String(error.stack ?? error) })
   }
