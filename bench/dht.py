@@ -1,10 +1,10 @@
 """Kademlia in simulated meshes of growing size: how many reads succeed, how far they go, and what they cost.
 
 Latencies are virtual (5 to 80 ms one way, drawn for each pair of nodes), so the figures do not depend on the
-machine, and one seed gives the same ones anywhere. For each size: every node joins, records are put, read by
-others, and read again within the minute after a third of the nodes fell silent at once
-(`silent_third_success`, and `silent_third_p99_ratio`: its p99 over the calm one). Then 60 nodes come and go for
-two virtual hours with sessions of ten minutes (median), half of them ending in a crash, half in silence
+machine, and one seed gives the same ones anywhere. For each size: every node joins, records are put, read
+by others, and read again within the minute after a third of the nodes fell silent at once
+(`silent_third_success`, and `silent_third_p99_ratio`: its p99 over the calm one). Then 60 nodes come and go
+for two virtual hours with sessions of ten minutes (median), half of them ending in a crash, half in silence
 (`churn_success`).
 
 `success`, hops and times are those of the largest size; `law` is the least-squares line of questions per join

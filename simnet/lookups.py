@@ -2,9 +2,9 @@
 
 Three parts, all from one seed. Calm: every node joins through a random one, records are put by random nodes
 and read by others. Silent third: a third of the nodes answers nothing any more, without a word, and the
-survivors read through the following minute. Restless: in a world of its own nodes come and go with sessions of a given
-median (half of them crash, half fall silent), while records are put and read; a record's author does not stay
-either, so it lives by its replicas alone.
+survivors read through the following minute. Restless: in a world of its own nodes come and go with sessions
+of a given median (half of them crash, half fall silent), while records are put and read; a record's author
+does not stay either, so it lives by its replicas alone.
 """
 
 from __future__ import annotations
