@@ -10,7 +10,8 @@
                       only what was not kept, and end complete                                target 20
 
 Every peer is a process with its store on disk and fsyncs each block; the plain stream's file is fsynced once,
-at its end. `--only PART` measures one part, `--mib` sets the size of the model (1024).
+at its end. `--only PART` measures one part; `--mib` and `--uplink` set the size of the model (1024) and the cap in
+MiB/s (32): a machine that cannot carry four times the cap measures itself.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import MIB
 from mycel.protocol.mesh import Access, Stream
 
-UPLINK = 64 * MIB
 PEERS = 4
 LAYERS = 16
 ROUNDS = 20
@@ -112,13 +112,13 @@ async def seed_model(folder: Path, mib: int) -> Cid:
     return root
 
 
-def swarm(folder: Path, root: Cid, mib: int) -> dict[str, float]:
+def swarm(folder: Path, root: Cid, mib: int, uplink: float) -> dict[str, float]:
     """Seconds of all at once from the seed alone, of all from all, and of one after another."""
     figures = {}
     for way in ("single", "swarm", "turns"):
         with ExitStack() as stack:
-            seed = stack.enter_context(far(folder / "seed", UPLINK))
-            peers = [stack.enter_context(far(folder / f"{way}{n}", UPLINK)) for n in range(PEERS)]
+            seed = stack.enter_context(far(folder / "seed", uplink))
+            peers = [stack.enter_context(far(folder / f"{way}{n}", uplink)) for n in range(PEERS)]
             for n, peer in enumerate(peers):
                 peer.connect([seed, *peers[:n]])
             only = seed.peer if way == "single" else None
@@ -265,15 +265,16 @@ async def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--uplink", type=int, default=32, help="MiB per second")
     parser.add_argument("--only", choices=["swarm", "raw", "liars", "kills"])
     options = parser.parse_args()
     chosen = [options.only] if options.only else ["swarm", "raw", "liars", "kills"]
-    figures: dict[str, float] = {"mib": options.mib}
+    figures: dict[str, float] = {"mib": options.mib, "uplink_mib_s": options.uplink}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = await seed_model(folder, options.mib)
         if "swarm" in chosen:
-            took = swarm(folder, root, options.mib)
+            took = swarm(folder, root, options.mib, options.uplink * MIB)
             figures["swarm_vs_single"] = took["single"] / took["swarm"]
             figures["fourth_vs_first"] = took["turns_fourth"] / took["turns_first"]
         if "raw" in chosen:

@@ -324,8 +324,9 @@ class BlockLimits:
     storing: int = 4
     """Blocks being checked and written at once, of one fetch."""
 
-    ahead_s: float = 1.0
-    """A peer is asked for so many seconds of its measured rate in advance..."""
+    ahead_s: float = 0.5
+    """A peer is asked for so many seconds of its measured rate in advance: more than a round trip, and little
+    enough that others can still take a share..."""
 
     ahead_bytes_min: int = 4 * MIB
     """...at least this, two blocks, so that it always has the next one..."""

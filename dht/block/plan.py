@@ -31,8 +31,10 @@ from mycel.protocol.cid import Cid
 from mycel.protocol.limits import DEFAULT_BLOCK_LIMITS, BlockLimits
 from mycel.protocol.mesh import PeerId
 
-RATE_WEIGHT = 0.3
-"""Of the newest arrival in a peer's rate."""
+RATE_S = 2.0
+"""How far back a peer's rate is measured, roughly..."""
+RATE_S_MIN = 0.05
+"""...and over what at least: the first blocks of a burst come with no time between them."""
 HASTE = 2.0
 """A second peer is asked for a block that would come so many times sooner from it."""
 ASKERS_MAX = 2
@@ -73,6 +75,10 @@ class _Source:
     asked: dict[Cid, int] = field(default_factory=dict)
     asked_bytes: int = 0
     rate: float = 0.0
+    came: float = 0.0
+    """Bytes, those of long ago counted for less, and..."""
+    took: float = 0.0
+    """...the seconds they took."""
     since: float = 0.0
     """Of the last arrival, or of the first ask after a pause."""
     is_stalled: bool = False
@@ -170,9 +176,11 @@ class Plan:
         if source is None:
             return
         nbytes = source.asked.get(cid, 0)
-        took = max(now - source.since, 1e-6)
-        sample = nbytes / took
-        source.rate = sample if not source.rate else source.rate + RATE_WEIGHT * (sample - source.rate)
+        took = now - source.since
+        fade = math.exp(-took / RATE_S)
+        source.came = source.came * fade + nbytes
+        source.took = source.took * fade + took
+        source.rate = source.came / max(source.took, RATE_S_MIN)
         source.since = now
         source.is_stalled = False
         self._answered(source, cid)

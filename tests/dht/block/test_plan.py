@@ -82,7 +82,14 @@ def test_a_peer_is_asked_as_far_ahead_as_it_is_fast() -> None:
         plan.on_stored(asks.pop(0).cid)
         asks += plan.asks(now)
     assert plan.rate(A) == pytest.approx(50 * SIZE, rel=0.05)
-    assert len(asks) == pytest.approx(50, abs=3)
+    assert len(asks) == pytest.approx(50 * DEFAULT_BLOCK_LIMITS.ahead_s, abs=3)
+    for _ in range(20):  # in bursts of four
+        now += 0.08
+        for _ in range(4):
+            plan.on_arrival(A, asks[0].cid, now)
+            plan.on_stored(asks.pop(0).cid)
+        asks += plan.asks(now)
+    assert plan.rate(A) == pytest.approx(50 * SIZE, rel=0.1)
 
 
 def test_a_silent_peers_blocks_are_asked_of_others_and_it_gets_no_more() -> None:
