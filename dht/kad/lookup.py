@@ -16,7 +16,9 @@ Pure: what happened and the time come in, whom to ask comes out.
 
 from __future__ import annotations
 
+import bisect
 import enum
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +59,7 @@ class Path:
 
     front: list[Candidate] = field(default_factory=list)
     """Candidates, nearest first."""
+    known: dict[PeerId, None] = field(default_factory=dict)
     nearest: int = 1 << 256
     """The smallest distance that an answer on this path named."""
     is_nearing: bool = True
@@ -147,15 +150,17 @@ class Lookup:
             self._candidates[contact.peer] = candidate
         elif not candidate.contact.addrs and candidate.state is State.FRESH:
             candidate.contact = contact
-        if not any(known is candidate for known in path.front):
-            path.front.append(candidate)
-            path.front.sort(key=lambda one: one.distance)
+        if contact.peer not in path.known:
+            path.known[contact.peer] = None
+            bisect.insort(path.front, candidate, key=lambda one: one.distance)
         return candidate
 
     def _front(self, path: Path) -> list[Candidate]:
         """The nearest candidates that count on a path."""
-        counting = (one for one in path.front if one.state not in (State.FAILED, State.LATE))
-        return [one for one, _ in zip(counting, range(self._width), strict=False)]
+        counting = (
+            one for one in path.front if one.state is not State.FAILED and one.state is not State.LATE
+        )
+        return list(itertools.islice(counting, self._width))
 
     def _under_way(self) -> list[Candidate]:
         return [one for one in self._candidates.values() if one.state in (State.ASKED, State.LATE)]

@@ -85,19 +85,42 @@ def test_the_silent_cost_a_few_lates_and_nobody_is_missed(contact, name, seed, s
     assert world.lates <= len(silent)
 
 
-def test_a_liar_leads_one_path_astray_only(contact):
-    """It names peers that do not exist, right next to the key, as many as an answer holds."""
-    size = 40
-    name = b"sought"
+def asked_in_a_world_with_a_liar(contact, paths):
+    """Who answers when the first peer asked names only friends right next to the key, who do the same."""
+    size, name = 40, b"sought"
     target = key_of(name)
-    fakes = sorted(map(contact, range(1000, 6000)), key=lambda one: one.key ^ target)[: LIMITS.bucket]
+    limits = KadLimits(bucket=8, quorum=5, paths=paths)
+    friends = sorted(map(contact, range(1000, 3000)), key=lambda one: one.key ^ target)[: limits.bucket]
+    world = World(contact, size)
+    seeds = world.tables[ASKER].closest(target, 3)
+    lookup = Lookup(target, contact(ASKER).peer, seeds, limits, 8)
+    first = lookup.plan(0.0)
+    lookup = Lookup(target, contact(ASKER).peer, seeds, limits, 8)
+    world.number |= {friend.peer: 1000 + n for n, friend in enumerate(friends)}
+    world.liars = dict.fromkeys([world.number[first[0].peer], *range(1000, 1008)], friends)
+    world.tables |= dict.fromkeys(range(1000, 1008), world.tables[ASKER])
+    answered = []
+    hear = lookup.answered
+    lookup.answered = lambda peer, closer: answered.append(peer) or hear(peer, closer)
+    world.run(lookup)
+    truth = [one.peer for one in world.truth(lookup, 8) if one.peer != first[0].peer]
+    return [peer for peer in truth if peer in answered]
+
+
+def test_a_liar_with_friends_leads_one_path_astray_and_the_others_arrive(contact):
+    assert asked_in_a_world_with_a_liar(contact, 1) == []
+    assert len(asked_in_a_world_with_a_liar(contact, 3)) >= 7
+
+
+def test_peers_that_do_not_exist_cost_a_late_each_and_hide_nobody(contact):
+    size, name = 40, b"sought"
+    fakes = sorted(map(contact, range(1000, 3000)), key=lambda one: one.key ^ key_of(name))[:8]
     first = World(contact, size).lookup(name).plan(0.0)[0]
     liar = next(n for n in range(size) if contact(n).peer == first.peer)
     world = World(contact, size, liars={liar: fakes})
     lookup = world.lookup(name)
     found = world.run(lookup)
     assert found == world.truth(lookup, 8)
-    assert not set(found) & set(fakes)
 
 
 def test_nobody_is_asked_twice_and_not_oneself(contact):
