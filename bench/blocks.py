@@ -10,8 +10,8 @@
                       only what was not kept, and end complete                                target 20
 
 Every peer is a process with its store on disk and fsyncs each block; the plain stream's file is fsynced once,
-at its end. `--only PART` measures one part; `--mib` and `--uplink` set the size of the model (1024) and the cap in
-MiB/s (32): a machine that cannot carry four times the cap measures itself.
+at its end. `--only PART` measures one part; `--mib` and `--uplink` set the size of the model (1024) and the
+cap in MiB/s (32): a machine that cannot carry four times the cap measures itself.
 """
 
 from __future__ import annotations
