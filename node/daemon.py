@@ -22,6 +22,7 @@ says nothing, and its peers find out.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ from mycel.node.memory import Memory, VolatileMemory
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
-from mycel.protocol.address import endpoint_of, peer_of
+from mycel.protocol.address import peer_of, tcp_of
 from mycel.protocol.chain import Chain
 from mycel.protocol.errors import AddressError
 from mycel.protocol.keys import OwnKey
@@ -138,7 +139,7 @@ async def choose_ports(asked: Sequence[str], network: Network, memory: Memory) -
         last = {}
     ports, planned = {}, []
     for addr in asked:
-        if endpoint_of(addr).port:
+        if tcp_of(addr).port:
             planned.append(addr)
             continue
         ports[addr] = await _free_port(addr, last.get(addr, 0), network)
@@ -157,12 +158,13 @@ async def _free_port(addr: str, last: int, network: Network) -> int:
                 raise
             continue
         listener.close()
-        return endpoint_of(listener.addr).port
+        return tcp_of(listener.addr).port
     raise AssertionError("unreachable: port 0 returns or raises")
 
 
 def _with_port(addr: str, port: int) -> str:
-    return f"{addr.removesuffix('/0')}/{port}"
+    """`addr`, whose port is 0, with `port`; what is spoken above TCP stays."""
+    return re.sub(r"/tcp/0(?=/|$)", f"/tcp/{port}", addr)
 
 
 def _learn_bootstrap(config: Config, papers: Papers, contacts: Contacts) -> None:
