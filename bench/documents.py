@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--writers", type=int, default=16, help="nodes of the storm (default %(default)s)")
     parser.add_argument("--writes", type=int, default=1000, help="of each of them (default %(default)s)")
     parser.add_argument("--nodes", type=int, default=200, help="nodes that are parted (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="partitions (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="partitions (default %(default)s)")
     parser.add_argument("--million", type=int, default=1_000_000, help="updates (default %(default)s)")
     asked = parser.parse_args()
     figures: Figures = {"seed": asked.seed}

@@ -1,14 +1,14 @@
 """One author's document at one node: snapshot, log, head, and the content they make.
 
 A document grows by parts that end in a signed head. Nothing is taken in before the whole chain up to the head
-holds, and before pycrdt takes every update, so that bytes that are none do not get into a log and further.
+holds, and before every update was read, so that bytes that are none do not get into a log and further.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mycel.dht.doc.content import Content, rebuilt
+from mycel.dht.doc.content import Content, Writer, rebuilt
 from mycel.dht.doc.message import Head, Part, Version, first_digest, next_digest
 from mycel.protocol.errors import RemoteProtocolError
 
@@ -31,7 +31,8 @@ class Document:
         self.log = list(log)
         self.log_bytes = sum(len(update) for update in self.log)
         self.chain = chain
-        self._content = _content_of(snapshot, self.log)
+        self._content = Content((snapshot, *self.log))
+        self._writer: Writer | None = None
         self._earlier: tuple[Head, list[bytes]] | None = None
         """Head and log of the edition before, for those who stand somewhere in it."""
 
@@ -111,6 +112,7 @@ class Document:
 
     def append(self, head: Head, updates: Sequence[bytes]) -> None:
         """Continue by `updates`, which `head` stands for. Raises `RemoteProtocolError`, nothing appended."""
+        self._writer = None  # where the own document comes back from others
         try:
             for update in updates:
                 self._content.apply(update)
@@ -124,7 +126,12 @@ class Document:
 
         `settle` or `undo` must follow.
         """
-        return self._content.change(changes)
+        if self._writer is None:
+            self._writer = Writer((self.snapshot, *self.log))
+        update = self._writer.change(changes)
+        if update:
+            self._content.apply(update)
+        return update
 
     def settle(self, head: Head, updates: Sequence[bytes]) -> None:
         """The updates that the content took in are part of the document now, and `head` stands for them."""
@@ -134,7 +141,8 @@ class Document:
 
     def undo(self) -> None:
         """Let go of what the content took in beyond the log."""
-        self._content = _content_of(self.snapshot, self.log)
+        self._content = Content((self.snapshot, *self.log))
+        self._writer = None
 
     def since(self, version: Version) -> list[Part]:
         """What somebody lacks who is at `version`, in the order to take it."""
@@ -151,11 +159,3 @@ class Document:
     def whole(self) -> Part:
         """All of it."""
         return Part(self.head, 0, self.snapshot, tuple(self.log), self.chain)
-
-
-def _content_of(snapshot: bytes, log: Sequence[bytes]) -> Content:
-    content = Content()
-    for update in (snapshot, *log):
-        if update:  # the snapshot of an empty document is empty
-            content.apply(update)
-    return content

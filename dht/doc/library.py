@@ -235,7 +235,7 @@ class Library:
         document = self._documents.get(author)
         if document is not None and part.head.version <= document.version:
             if part.head.version == document.version and part.head.digest != document.head.digest:
-                self._count("forked")
+                return self._judge_fork(part.head)
             return Taken.KNOWN
         if document is None and part.snapshot is None:
             return Taken.GAP
@@ -259,6 +259,12 @@ class Library:
             self._recover(now, old)
         self._tell(now, {key: old.get(key) for key in touched})
         return Taken.NEWS
+
+    def _judge_fork(self, head: Head) -> Taken:
+        """Another document for the version that is here: whose doing it is, the signature tells."""
+        is_signed = self._signer.verify(head.author, head.signed_bytes(), head.signature)
+        self._count("forked" if is_signed else "forged")
+        return Taken.KNOWN if is_signed else Taken.REFUSED
 
     def _recover(self, own: Document, old: Mapping[str, bytes]) -> None:
         """The own document came back from others: what was written since the start stands on top of it."""

@@ -1,16 +1,21 @@
-"""What an update may look like: the strict subset of Yjs' update encoding (v1) that documents are written in.
+"""Reading updates: the strict subset of Yjs' update encoding (v1) that documents are written in.
 
-pycrdt decodes much more than Mycel writes, nested values among them, and by recursion: a 100 kB update of
-arrays within arrays ends the process that applies it. So nothing from a peer reaches pycrdt unless it is
+pycrdt writes updates and would apply them too, but it must not see what a peer sent: version 0.14.13 ends the
+process on 100 kB of arrays within arrays (it recurses), and panics on five bytes (a client without structs).
+What Mycel writes is little, so it is read here, and nothing but what its writer produces is accepted:
 
     clients (0 or 1), then structs, client 1, clock, and each struct an item with one buffer in it:
-        info | left origin? | right origin? | root "doc" and key, without an origin | 1 | 't' | length | bytes
+        info | origin, or root "doc" and key | 1 | 't' | length | bytes
     deleted clients (0 or 1), then client 1, ranges, and each range: clock, length
 
-with numbers as LEB128. Everything else is refused here.
+with numbers as LEB128. Items are numbered by the clock without a gap. An item whose origin is the latest item
+of a key replaces its value; one without an origin begins a key. Deleted is what was replaced in the same
+update, or the latest item of a key, each once.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from mycel.protocol.errors import RemoteProtocolError
 
@@ -22,6 +27,67 @@ _CONTENT_MASK, _CONTENT_ANY = 0x1F, 8
 _HAS_LEFT, _HAS_RIGHT, _HAS_KEY = 0x80, 0x40, 0x20
 _BUFFER = ord("t")
 _NUMBER_BITS = 53
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One value. It stands for a new `key`, or, where that is None, for the key of the item `origin`."""
+
+    key: str | None
+    origin: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Items from `clock` on, and ranges (clock, length) of deleted ones."""
+
+    clock: int
+    items: list[Item]
+    deleted: list[tuple[int, int]]
+
+
+def read_update(data: bytes) -> Update:
+    """Raise `RemoteProtocolError` for anything that a document is not written in."""
+    reader = _Reader(data)
+    update = Update(0, [], [])
+    try:
+        if reader.client_follows():
+            count = reader.number()
+            reader.expect(CLIENT_ID, "client")
+            update = Update(reader.number(), [], [])
+            if not count:
+                raise RemoteProtocolError("an update that names a client and says nothing of it")
+            for _ in range(count):
+                update.items.append(_read_item(reader))
+        if reader.client_follows():
+            reader.expect(CLIENT_ID, "client")
+            for _ in range(reader.number()):
+                update.deleted.append((reader.number(), reader.number()))
+    except (IndexError, UnicodeDecodeError):
+        raise RemoteProtocolError("an update that is cut short or whose key is no text") from None
+    if reader.at != len(data):
+        raise RemoteProtocolError("an update with something behind its end")
+    return update
+
+
+def _read_item(reader: _Reader) -> Item:
+    info = reader.byte()
+    if info & _CONTENT_MASK != _CONTENT_ANY or info & _HAS_RIGHT:
+        raise RemoteProtocolError("an update with something else than values of keys")
+    key, origin = None, 0
+    if info & _HAS_LEFT:
+        reader.expect(CLIENT_ID, "origin")
+        origin = reader.number()
+    else:
+        reader.expect(1, "parent")
+        if reader.chunk() != ROOT.encode() or not info & _HAS_KEY:
+            raise RemoteProtocolError("an update of something else than the document's keys")
+        key = reader.chunk().decode()
+    reader.expect(1, "count of values")
+    if reader.byte() != _BUFFER:
+        raise RemoteProtocolError("an update with a value that is not bytes")
+    return Item(key, origin, reader.chunk())
 
 
 class _Reader:
@@ -54,49 +120,8 @@ class _Reader:
         if (found := self.number()) != value:
             raise RemoteProtocolError(f"an update whose {what} is {found}, not {value}")
 
-
-def check_update(update: bytes) -> None:
-    """Raise `RemoteProtocolError` for anything that a document is not written in."""
-    reader = _Reader(update)
-    try:
-        if _client_follows(reader):
-            count = reader.number()
-            reader.expect(CLIENT_ID, "client")
-            reader.number()  # clock
-            for _ in range(count):
-                _check_item(reader)
-        if _client_follows(reader):
-            reader.expect(CLIENT_ID, "client")
-            for _ in range(reader.number()):
-                reader.number()
-                reader.number()
-    except (IndexError, UnicodeDecodeError):
-        raise RemoteProtocolError("an update that is cut short or whose key is no text") from None
-    if reader.at != len(update):
-        raise RemoteProtocolError("an update with something behind its end")
-
-
-def _client_follows(reader: _Reader) -> bool:
-    clients = reader.number()
-    if clients > 1:
-        raise RemoteProtocolError(f"an update of {clients} clients; a document has one")
-    return clients == 1
-
-
-def _check_item(reader: _Reader) -> None:
-    info = reader.byte()
-    if info & _CONTENT_MASK != _CONTENT_ANY:
-        raise RemoteProtocolError("an update with other content than values")
-    for origin in (_HAS_LEFT, _HAS_RIGHT):
-        if info & origin:
-            reader.expect(CLIENT_ID, "origin")
-            reader.number()
-    if not info & (_HAS_LEFT | _HAS_RIGHT):
-        reader.expect(1, "parent")
-        if reader.chunk() != ROOT.encode() or not info & _HAS_KEY:
-            raise RemoteProtocolError("an update of something else than the document's keys")
-        reader.chunk().decode()
-    reader.expect(1, "count of values")
-    if reader.byte() != _BUFFER:
-        raise RemoteProtocolError("an update with a value that is not bytes")
-    reader.chunk()
+    def client_follows(self) -> bool:
+        clients = self.number()
+        if clients > 1:
+            raise RemoteProtocolError(f"an update of {clients} clients; a document has one")
+        return clients == 1

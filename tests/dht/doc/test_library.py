@@ -275,6 +275,9 @@ def test_two_documents_for_one_version_are_counted_and_the_next_settles_them(sig
     rb.take(whole_of(one, a))
     assert rb.take(whole_of(two, a)) is Taken.KNOWN
     assert rb.refused == {"forked": 1}
+    other = msgspec.structs.replace(whole_of(two, a).head, digest=bytes(32))
+    assert rb.take(Part(other, 0, b"", ())) is Taken.REFUSED
+    assert rb.refused == {"forked": 1, "forged": 1}
     two.write({"l": b"3"})
     assert rb.take(two.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.GAP
     assert rb.take(whole_of(two, a)) is Taken.NEWS
