@@ -191,7 +191,10 @@ class KadLimits:
     """Questions of one peer that are answered; a tenth of it may come at once. Busy ones ask 30."""
 
     questions: int = 32
-    """Questions of one lookup under way, late ones included."""
+    """Questions of one lookup under way, late ones included..."""
+
+    lookup_questions: int = 256
+    """...and in all: ten times what one takes, so that peers who name ever nearer friends do not keep it."""
 
     late_s_min: float = 0.02
     """A question is not late before this..."""

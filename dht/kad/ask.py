@@ -23,6 +23,7 @@ from mycel.protocol.address import is_circuit, tcp_of
 from mycel.protocol.errors import (
     AddressError,
     ConnectionLost,
+    DeadlineExceeded,
     DialError,
     LimitExceeded,
     Refused,
@@ -36,6 +37,7 @@ from mycel.protocol.mesh import Access, Mesh, PeerId, PeerInfo, Stream
 FAILURES = (
     AddressError,
     ConnectionLost,
+    DeadlineExceeded,
     DialError,
     LimitExceeded,
     Refused,

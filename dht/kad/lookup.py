@@ -79,6 +79,7 @@ class Lookup:
         self._candidates: dict[PeerId, Candidate] = {}
         self._paths = [Path() for _ in range(limits.paths)]
         self._stopped = False
+        self._asked = 0
         for number, seed in enumerate(sorted(seeds, key=lambda seed: seed.key ^ target)):
             self._learn(self._paths[number % limits.paths], seed, 0)
 
@@ -100,6 +101,7 @@ class Lookup:
             return []
         asks: list[Contact] = []
         free = self._limits.questions - len(self._under_way())
+        free = min(free, self._limits.lookup_questions - self._asked)
         for number, path in enumerate(self._paths):
             front = self._front(path)
             out = sum(one.state is State.ASKED and one.path == number for one in front)
@@ -111,6 +113,7 @@ class Lookup:
                     candidate.state, candidate.path = State.ASKED, number
                     asks.append(candidate.contact)
                     out += 1
+        self._asked += len(asks)
         return asks
 
     def _at_once(self) -> int:
@@ -170,6 +173,8 @@ class Lookup:
         """Whether there is nothing left to ask or to wait for."""
         if self._stopped:
             return True
+        if self._asked >= self._limits.lookup_questions:
+            return not any(one.state is State.ASKED for one in self._candidates.values())
         fronts = [self._front(path) for path in self._paths]
         if any(one.state is not State.ANSWERED for front in fronts for one in front):
             return False
@@ -198,4 +203,4 @@ class Lookup:
     @property
     def questions(self) -> int:
         """How many peers were asked."""
-        return sum(one.state is not State.FRESH for one in self._candidates.values())
+        return self._asked

@@ -181,6 +181,23 @@ def test_when_most_are_late_they_are_waited_for(contact):
     assert lookup.is_done
 
 
+def test_peers_that_name_ever_nearer_friends_do_not_keep_a_lookup_for_ever(contact):
+    target = key_of(b"name")
+    ranked = sorted(map(contact, range(1, 400)), key=lambda one: -(one.key ^ target))
+    limits = KadLimits(bucket=8, lookup_questions=50)
+    lookup = Lookup(target, contact(0).peer, ranked[:3], limits, 8)
+    asked = 0
+    while not lookup.is_done:
+        plan = lookup.plan(0.0)
+        assert plan, "it waits for nobody"
+        for one in plan:
+            asked += 1
+            lookup.asked(one.peer, 1.0)
+            place = ranked.index(one)
+            lookup.answered(one.peer, ranked[place + 1 : place + 4])
+    assert asked == lookup.questions == 50
+
+
 def test_a_stopped_lookup_asks_no_more_until_it_is_widened(contact):
     target = key_of(b"name")
     ranked = sorted(map(contact, range(1, 9)), key=lambda one: one.key ^ target)
