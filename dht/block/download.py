@@ -43,6 +43,8 @@ class Download:
         self._only = peers
         self._lines: dict[PeerId, _Line] = {}
         self._talking: dict[PeerId, None] = {}
+        self._left: dict[PeerId, None] = {}
+        """Who broke the rules."""
         self._keeping: dict[Cid, None] = {}
         self._storing = trio.Semaphore(exchange.limits.storing)
         self._ended = trio.Event()
@@ -71,15 +73,18 @@ class Download:
     async def _watch_peers(self) -> None:
         """Talk to members, and to those who come."""
         async with self._mesh.events() as events:
-            for info in list(self._mesh.peers.values()):
-                self._meet(info.peer, info.access)
+            self._meet_all()
             async for event in events:
                 if isinstance(event, PeerUp):
                     self._meet(event.peer, event.access)
 
+    def _meet_all(self) -> None:
+        for info in list(self._mesh.peers.values()):
+            self._meet(info.peer, info.access)
+
     def _meet(self, peer: PeerId, access: Access) -> None:
         is_asked = access >= Access.MEMBER if self._only is None else peer in self._only
-        if not is_asked or peer in self._talking or peer in self._exchange.liars:
+        if not is_asked or peer in self._talking or peer in self._left or peer in self._exchange.liars:
             return
         if len(self._talking) < self._limits.peers:
             self._talking[peer] = None
@@ -93,6 +98,7 @@ class Download:
                     await self._talk_once(peer)
                 except RemoteProtocolError:
                     self._exchange.broken += 1
+                    self._left[peer] = None
                     return
                 except (StreamReset, ConnectionLost, Refused):
                     pass
@@ -201,6 +207,7 @@ class Download:
                     )
                 )
             self._plan.on_time(now)
+            self._meet_all()  # those for whom there was no room
             self._ask()
 
 

@@ -89,9 +89,11 @@ async def test_blocks_come_from_all_who_have_some(autojump_clock: trio.testing.M
         assert exchange.bytes_received == 40 * SIZE
 
 
-async def test_those_who_fetch_together_serve_each_other(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("uplink", [1e6, 20e6])
+async def test_those_who_fetch_together_serve_each_other(
+    autojump_clock: trio.testing.MockClock, uplink: float
+) -> None:
     """One seed with a capped uplink, four peers: together they are faster than the seed could serve four."""
-    uplink = 1e6
     async with scene_of(latency_s_max=0.03) as scene:
         seed, _, _ = await scene.node("seed", DATA, upload_bytes_per_s=uplink)
         peers = [await scene.node(f"p{n}", upload_bytes_per_s=uplink) for n in range(4)]
@@ -197,6 +199,23 @@ async def test_what_nobody_has_is_given_up_and_what_came_is_kept(
         with pytest.raises(DeadlineExceeded, match="30 blocks did not come"):
             await exchange.fetch(WANTS)
         assert sum(store.has(want.cid) for want in WANTS) == 10
+
+
+async def test_more_peers_than_a_fetch_talks_to_have_their_turn(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scene_of() as scene:
+        rude = [scene.mesh(f"rude{n}") for n in range(3)]
+        for mesh in rude:
+            serve_lies(mesh, lambda cid: b"\xff\xff\xff\xff")
+        honest, _, _ = await scene.node("honest", DATA)
+        mesh, store = scene.mesh("c"), MemoryStore()
+        exchange = Exchange(mesh, store, limits=BlockLimits(peers=1))
+        await scene.join(*rude, mesh)
+        await mesh.connect(honest.listen_addrs)
+        await exchange.fetch(WANTS)
+        assert all(store.has(want.cid) for want in WANTS)
+        assert exchange.broken == 3
 
 
 async def test_a_store_without_room_ends_the_fetch(autojump_clock: trio.testing.MockClock) -> None:
