@@ -31,7 +31,10 @@ CIRCUIT_BYTES = 2 * (256 + 64) * KIB
 POOL_BYTES = 64 * MIB
 """`RelayLimits.window_pool`: what windows may have grown by."""
 
-LIMITS = Limits(connections=2048, connections_per_ip=2048, keepalive_s=60, silence_s=120)
+LIMITS = Limits(
+    connections=2048, connections_per_ip=2048, keepalive_s=60, silence_s=120, dial_s=60, handshake_s=60
+)
+"""Patient: what is measured is memory, on whatever machine."""
 
 RELAY = """
 import json, sys
@@ -49,7 +52,7 @@ def peak():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 async def main():
-    limits = Limits(connections=2048, connections_per_ip=2048, keepalive_s=60, silence_s=120)
+    limits = Limits(connections=2048, connections_per_ip=2048, keepalive_s=60, silence_s=120, handshake_s=60)
     host = Host(TcpNetwork(), OwnKey(bytes(32)), listen=["/ip4/127.0.0.1/tcp/0"], limits=limits,
                 default_access=Access.MEMBER)
     rates = dict(bytes_per_s=0, bytes_per_s_per_peer=0)
