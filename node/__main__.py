@@ -20,6 +20,7 @@ def main() -> int:
         config = resolve({}, os.environ)
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=config.log.upper(), stream=sys.stderr, format=form)
+        logging.getLogger("multiaddr").setLevel(logging.INFO)  # it tells of every address it reads
         trio.run(start.run, config, start.Watcher(_on_up, lambda node: None, lambda: None))
     except (MycelError, BaseExceptionGroup) as error:
         failure = single_failure(error)

@@ -40,6 +40,9 @@ class Beginner(Protocol):
     limits: Limits
     counters: Counters
 
+    @property
+    def bound_addrs(self) -> Sequence[Multiaddr]: ...
+
     def begin(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link: ...
 
 
@@ -88,12 +91,18 @@ class Connector:
             await trio.lowlevel.checkpoint()
             return wanted
         try:
-            direct_first = sorted(addrs, key=is_circuit)
+            direct_first = sorted(self._elsewhere(addrs), key=is_circuit)
             link = await Race(direct_first, self._attempt, self._stagger, self._spare).run()
         except DialError:
             self._host.counters.dials_failed += 1
             raise
         return await self.settle(link)
+
+    def _elsewhere(self, addrs: Sequence[Multiaddr]) -> Sequence[Multiaddr]:
+        """`addrs` without those that this node itself has, as when two homes use the same ones inside; all
+        of them where nothing else is left."""
+        own = [str(addr) for addr in self._host.bound_addrs]
+        return [addr for addr in addrs if str(addr).partition("/p2p/")[0] not in own] or addrs
 
     def _spare(self, link: Link) -> None:
         """A dial brought a link that nobody waits for any more. Of several, peering gives up all but one."""

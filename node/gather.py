@@ -144,11 +144,12 @@ class Gather:
             await self._mesh.connect(addrs)
             self._contacts.on_up(contact.peer)
         except MycelError as error:
-            refused = isinstance(error, Refused)
+            # Somebody else at an address (homes have the same ones inside) is not the peer's own refusal.
+            refused = isinstance(error, Refused) and error.reason not in ("identity", "self")
             log.info("cannot connect to %s: %s", contact.peer, error)
             spread = int.from_bytes(self._mesh.entropy(2), "big") / 65536
             self._contacts.on_failed(contact.peer, trio.current_time(), spread, str(error), refused=refused)
-            if isinstance(error, Refused):
+            if isinstance(error, Refused) and refused:
                 self.refused = error
                 self.joined.set()
         self._wake()

@@ -264,6 +264,7 @@ async def test_metrics_count_what_happened(
         await wait_until(lambda: len(node.host.peers) == 1)
         answer = await post(node, "completions", {"model": "tiny", "prompt": "ab", "max_tokens": 7})
         assert answer.status_code == 200
+        await wait_until(lambda: node.tally.generations == 1)  # it is counted once it is cleared away
         async with httpx.AsyncClient() as client:
             text = (await client.get(f"{base_of(node)}/metrics")).text
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))

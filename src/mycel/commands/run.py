@@ -95,6 +95,7 @@ def _run(
     logging.basicConfig(
         level=config.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("multiaddr").setLevel(logging.INFO)  # it tells of every address it reads
     told = _Json() if as_json else _Lines(joining=bool(joining))
     watcher = start.Watcher(told.on_up, told.on_alone, told.on_leaving)
     trio.run(lambda: start.run(config, watcher, **joining))

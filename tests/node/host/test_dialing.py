@@ -173,3 +173,13 @@ async def test_a_slower_try_that_came_through_all_the_same_is_discarded(autojump
     race = Race(addrs, attempt, discard=discarded.append)
     assert await race.run() == str(addrs[0])
     assert discarded == [str(addrs[1])]
+
+
+def test_an_address_that_this_node_has_itself_is_not_dialled_where_there_is_another(play):
+    async def scenario(world):
+        a, b = await world.host("a"), await world.host("b")
+        await a.connect([addr_of(b, ip=world.machine("a").ips[0]), addr_of(b)])
+        assert a.counters.accepted == 0
+        assert not a.counters.lost
+
+    play(scenario)
