@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-
-
-def start(hash_seed, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "mycel.simnet", "nat", *arguments, "--json"],
-        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    return json.loads(out)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_every_pair_of_eleven_kinds_gets_through_as_well_as_can_be_for_three_seeds():
-    first, second = (
-        finish(run) for run in [start(1, "--seeds", "2"), start(2, "--seed", "1", "--seeds", "2")]
-    )
+def test_every_pair_of_eleven_kinds_gets_through_as_well_as_can_be_for_three_seeds(sim):
+    first, second = sim("nat", (1, "--seeds", "2"), (2, "--seed", "1", "--seeds", "2"))
     assert first[1] == second[0]
     for report in [*first, second[1]]:
         assert (report["pairs"], report["call_ok"]) == (66, 66)

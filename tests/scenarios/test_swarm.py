@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from mycel.simnet.__main__ import main
 
 
-def start(hash_seed, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "mycel.simnet", "swarm", *arguments, "--json"],
-        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    return json.loads(out)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_thirty_daemons_survive_the_death_of_a_third_and_replay_from_their_seed():
-    runs = [start(hash_seed, "--nodes", "30", "--seed", "1") for hash_seed in (1, 2)]
-    first, second = (finish(run) for run in runs)
+def test_thirty_daemons_survive_the_death_of_a_third_and_replay_from_their_seed(sim):
+    arguments = ("--nodes", "30", "--seed", "1")
+    first, second = sim("swarm", (1, *arguments), (2, *arguments))
     assert first == second
     assert len(first["died"]) == 10
     assert first["events"]["crash"] == first["events"]["vanish"] == 5
@@ -58,11 +40,10 @@ def test_nine_daemons_survive_whatever_the_seed_takes(seed, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_survivors_take_the_layers_of_a_third_that_held_the_only_copies():
+def test_survivors_take_the_layers_of_a_third_that_held_the_only_copies(sim):
     """Nine daemons with a layer each, memory for two more; the same in every process."""
     arguments = ("--nodes", "10", "--seed", "1", "--last-copies")
-    runs = [start(hash_seed, *arguments) for hash_seed in (1, 2)]
-    first, second = (finish(run) for run in runs)
+    first, second = sim("swarm", (1, *arguments), (2, *arguments))
     assert first == second
     assert (
         first["events"]["crash"] + first["events"]["vanish"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from multiaddr import Multiaddr
 
 from mycel.compute.inline import InlineEngine
 from mycel.node import daemon
@@ -26,6 +27,7 @@ from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits_reach import DEFAULT_RELAY_LIMITS, RelayLimits
 from mycel.protocol.membership import Credentials, found_swarm
 from mycel.protocol.mesh import Access, PeerId, Stream
+from mycel.protocol.network import Pipe
 from mycel.protocol.ticket import parse_ticket
 from mycel.simnet import clock
 from mycel.simnet.internet import Internet, InternetOptions, internet
@@ -72,6 +74,21 @@ class World:
         """Return once `one` has dialled `other` and both see each other."""
         await one.connect(other.listen_addrs)
         await self.up(other, one.peer_id)
+
+    async def adopt_relayed(self, host: Host, pipe: Pipe, relay: Host, peer: Host, dialer: bool) -> None:
+        """Let `host` be connected with `peer` over a pipe that says it came over `relay`."""
+        await host.adopt(Carried(pipe, relay), expected=peer.peer_id, dialer=dialer)
+
+
+class Carried:
+    """A pipe that came over a relay: its remote address says so."""
+
+    def __init__(self, pipe: Pipe, relay: Host) -> None:
+        self._pipe = pipe
+        self.remote = Multiaddr(f"{relay.listen_addrs[0]}/p2p-circuit")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
 
 
 class Town:

@@ -16,17 +16,6 @@ from mycel.protocol.mesh import Access, PathKind
 from mycel.protocol.punch import PunchFailed
 
 
-class Carried:
-    """A pipe that came over a relay: its remote address says so."""
-
-    def __init__(self, pipe, relay):
-        self._pipe = pipe
-        self.remote = Multiaddr(f"{relay.listen_addrs[0]}/p2p-circuit")
-
-    def __getattr__(self, name):
-        return getattr(self._pipe, name)
-
-
 async def scene(world, may_dial):
     """(a, b, their upgrades): a called b over the relay."""
     a, b, r = [await world.host(name, default_access=Access.STRANGER) for name in "abr"]
@@ -45,12 +34,8 @@ async def scene(world, may_dial):
     far = await listener.accept()
     listener.close()
     async with trio.open_nursery() as nursery:
-
-        async def adopt(host, pipe, peer, dialer):
-            await host.adopt(Carried(pipe, r), expected=peer.peer_id, dialer=dialer)
-
-        nursery.start_soon(adopt, a, near, b, True)
-        nursery.start_soon(adopt, b, far, a, False)
+        nursery.start_soon(world.adopt_relayed, a, near, r, b, True)
+        nursery.start_soon(world.adopt_relayed, b, far, r, a, False)
     await trio.sleep(1)
     assert a.peers[b.peer_id].path is PathKind.RELAYED
     return a, b, works

@@ -20,17 +20,6 @@ from mycel.protocol.mesh import Access, PathKind
 from mycel.protocol.punch import PunchFailed
 
 
-class Carried:
-    """A pipe that came over a relay: its remote address says so."""
-
-    def __init__(self, pipe, relay):
-        self._pipe = pipe
-        self.remote = Multiaddr(f"{relay.listen_addrs[0]}/p2p-circuit")
-
-    def __getattr__(self, name):
-        return getattr(self._pipe, name)
-
-
 class Scene:
     """Two hosts connected with a relay, and over it with each other."""
 
@@ -54,7 +43,7 @@ class Scene:
         self.carrier = near
         async with trio.open_nursery() as nursery:
             for host, pipe, peer, dialer in ((self.a, near, self.b, True), (self.b, far, self.a, False)):
-                nursery.start_soon(self._adopt, host, Carried(pipe, self.relay), peer.peer_id, dialer)
+                nursery.start_soon(self.world.adopt_relayed, host, pipe, self.relay, peer, dialer)
 
     async def carry_through(self, relay):
         """Byte by byte over a third machine."""
@@ -71,10 +60,7 @@ class Scene:
         self.carrier = near
         async with trio.open_nursery() as nursery:
             for host, pipe, peer, dialer in ((self.a, near, self.b, True), (self.b, far, self.a, False)):
-                nursery.start_soon(self._adopt, host, Carried(pipe, relay), peer.peer_id, dialer)
-
-    async def _adopt(self, host, pipe, peer, dialer):
-        await host.adopt(pipe, expected=peer, dialer=dialer)
+                nursery.start_soon(self.world.adopt_relayed, host, pipe, relay, peer, dialer)
 
     def path(self):
         return self.a.peers[self.b.peer_id].path, self.b.peers[self.a.peer_id].path
