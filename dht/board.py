@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import trio
 from trio import TaskStatus
 
-from mycel.dht.changes import Changes
+from mycel.dht.changes import Changes, Watches
 from mycel.dht.facts import FACTS_PER_AUTHOR_MAX, KEY_CHARS_MAX, VALUE_BYTES_MAX, Facts, Statement, check
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import (
@@ -47,7 +47,7 @@ class PushBoard:
         self._mesh = mesh
         self._facts = Facts()
         self._sequence = int(mesh.wall() * 1000)
-        self._listeners: dict[int, Changes] = {}  # of watchers: all authors
+        self._watches = Watches()  # of all authors
         self._outboxes: dict[PeerId, Changes] = {}  # of peers: own facts
         self._inbound: dict[PeerId, Stream] = {}
         mesh.serve_stream(BOARD_PROTOCOL, self._listen)
@@ -69,16 +69,7 @@ class PushBoard:
 
     def watch(self, prefix: str) -> AbstractAsyncContextManager[AsyncIterator[Fact]]:
         """See `Board.watch`. A slow reader gets the latest change of each fact."""
-        return self._watch(prefix)
-
-    @asynccontextmanager
-    async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
-        changes = Changes(prefix)
-        self._listeners[id(changes)] = changes
-        try:
-            yield changes
-        finally:
-            del self._listeners[id(changes)]
+        return self._watches.watch(prefix)
 
     def _say(self, key: str, value: bytes | None) -> None:
         self._sequence += 1
@@ -89,13 +80,9 @@ class PushBoard:
         except RemoteProtocolError as error:
             raise LimitExceeded(str(error)) from None
         if change is not None:
-            self._tell(change)
+            self._watches.tell(change)
             for outbox in self._outboxes.values():
                 outbox.put(change)
-
-    def _tell(self, change: Fact) -> None:
-        for listener in self._listeners.values():
-            listener.put(change)
 
     # --- the service
 
@@ -127,7 +114,7 @@ class PushBoard:
     def _forget(self, author: PeerId) -> None:
         self._inbound.pop(author, None)
         for change in self._facts.forget(author):
-            self._tell(change)
+            self._watches.tell(change)
 
     async def _push(self, peer: PeerId, scope: trio.CancelScope) -> None:
         """Tell `peer` everything, then every change; begin again when it ends the stream but stays."""
@@ -179,7 +166,7 @@ class PushBoard:
                 return  # the author is gone, or speaks over a newer stream
             change = self._facts.state(author, statement)
             if change is not None:
-                self._tell(change)
+                self._watches.tell(change)
             count += 1
             if count % FACTS_PER_AUTHOR_MAX == 0:
                 await trio.lowlevel.checkpoint()

@@ -1,8 +1,9 @@
-"""What one reader of facts has not read yet."""
+"""What each reader of facts has not read yet."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -49,3 +50,28 @@ class Changes:
             return self._waiting.pop(next(iter(self._waiting)))
         finally:
             self._reading = False
+
+
+class Watches:
+    """The readers of one collection of facts; true while there are any."""
+
+    def __init__(self) -> None:
+        self._readers: dict[int, Changes] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def tell(self, change: Fact) -> None:
+        """Give `change` to every reader."""
+        for reader in self._readers.values():
+            reader.put(change)
+
+    @asynccontextmanager
+    async def watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
+        """Changes under `prefix` from the moment of entering; a slow reader gets the latest of each fact."""
+        changes = Changes(prefix)
+        self._readers[id(changes)] = changes
+        try:
+            yield changes
+        finally:
+            del self._readers[id(changes)]

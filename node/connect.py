@@ -1,8 +1,8 @@
 """Getting connected: from addresses to a peer whose membership is settled.
 
 An address is dialled by the transport of its kind: TCP through the network, a relayed one through whatever
-was registered for it with `carry`. All addresses of a peer race each other (`dialer.Race`); one dial per peer
-is under way at a time, and whoever asks meanwhile gets its result.
+was registered for it (`Host.carry_circuits`). All addresses of a peer race each other (`dialer.Race`); one
+dial per peer is under way at a time, and whoever asks meanwhile gets its result.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ Two nodes that dial each other at the same time get two connections; both must g
 links in different directions made at about the same time the one dialed by the smaller peer id stays. Of
 links that one side made at about the same time, by dialing several addresses, the first stays; since the two
 ends may have seen them open in different orders, the dialer alone gives up the others. Later on the newest
-stays, for a peer that dials again has lost the old one. A direct link stays before any relayed one. The
-loser is drained, not cut:
-each side says go-away, serves what is open, and closes once both said so and no stream is left, or when
-`Limits.drain_s` is over: long-lived streams see `ConnectionLost` then and are opened anew on the other link.
+stays, for a peer that dials again has lost the old one. A direct link stays before any relayed one.
+
+The loser is drained, not cut: each side says go-away, serves what is open, and closes once both said so and
+no stream is left, or when `Limits.drain_s` is over: long-lived streams see `ConnectionLost` then and are
+opened anew on the other link.
 """
 
 from __future__ import annotations

@@ -111,13 +111,14 @@ class WebAddress:
     peer: PeerId | None
 
 
-WEB_SUFFIXES = {"/ws": False, "/tls/ws": True, "/wss": True}
+WEB_SUFFIXES = {"/tls/ws": True, "/wss": True, "/ws": False}
+"""How an address ends at which WebSocket is spoken, the longest first, and whether TLS comes between."""
 
 
 @functools.lru_cache(maxsize=4096)
 def is_web(addr: Multiaddr | str) -> bool:
     """Whether WebSocket is spoken at `addr` itself."""
-    return not is_circuit(addr) and _bare(addr).endswith(("/ws", "/wss"))
+    return not is_circuit(addr) and _bare(addr).endswith(tuple(WEB_SUFFIXES))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,11 +126,11 @@ def web_of(addr: Multiaddr | str) -> WebAddress:
     """The parts of a WebSocket address. Raises `AddressError` where `addr` is none."""
     bare = _bare(addr)
     peer = str(addr).removeprefix(bare).removeprefix("/p2p/")
-    for suffix in ("/tls/ws", "/wss", "/ws"):
+    for suffix, is_secure in WEB_SUFFIXES.items():
         if bare.endswith(suffix):
             tcp = Multiaddr(bare.removesuffix(suffix))
             endpoint_of(tcp)
-            return WebAddress(tcp, WEB_SUFFIXES[suffix], PeerId(peer) if peer else None)
+            return WebAddress(tcp, is_secure, PeerId(peer) if peer else None)
     raise AddressError(f"{addr} is not a WebSocket address; write /ip4/HOST/tcp/PORT/ws")
 
 

@@ -196,7 +196,7 @@ class Membership:
             raise DeadlineExceeded(
                 f"{stream.peer} did not settle its membership within {deadline_s:g} s"
             ) from None
-        except BaseException:
+        except BaseException:  # why: a cancelled exchange resets its stream too; raised again
             stream.reset()
             raise
 

@@ -188,7 +188,7 @@ class Rpc:
                 await call.begin(first)
                 yield call
                 await call.finish()
-            except BaseException:
+            except BaseException:  # why: a call that is left early, or cancelled, is reset; raised again
                 call.reset()
                 raise
             return

@@ -62,7 +62,7 @@ class DiskStore:
             raise UsageProblem(f"another process uses the blocks in {folder}: stop it first") from None
         try:
             self._open()
-        except BaseException:
+        except BaseException:  # why: whatever ends the opening, others may use the folder; raised again
             self.close()
             raise
 

@@ -167,7 +167,7 @@ class Library:
             at = Version(own.head.edition, own.head.sequence + 1)
             head = self._sign(at, next_digest(own.head.digest, [update]))
             self._save(Part(head, 0, own.snapshot, (*own.log, update), own.chain), durable=True)
-        except BaseException:
+        except BaseException:  # why: what was not kept was not written, also when cancelled; raised again
             own.undo()
             raise
         own.settle(head, [update])

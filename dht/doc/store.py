@@ -98,7 +98,7 @@ class SqliteStore:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
-        except BaseException:
+        except BaseException:  # why: a transaction ends either way, also when cancelled; raised again
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")

@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
-from mycel.dht.changes import Changes
+from mycel.dht.changes import Watches
 from mycel.dht.doc.gossip import Outbox
 from mycel.dht.doc.library import Library, Taken
 from mycel.dht.doc.message import (
@@ -59,7 +59,7 @@ class Documents:
         self._due: dict[PeerId, None] = {}
         self._due_news = trio.Event()
         self._faults: dict[PeerId, int] = {}
-        self._listeners: dict[int, Changes] = {}
+        self._watches = Watches()
         self.sent_parts = 0
         """Parts pushed or given out so far."""
         rpc.serve(PUSH, self._on_push)
@@ -87,20 +87,17 @@ class Documents:
 
     @asynccontextmanager
     async def _watch(self, prefix: str) -> AsyncIterator[AsyncIterator[Fact]]:
-        changes = Changes(prefix)
-        self._listeners[id(changes)] = changes
         self.library.on_changes = self._tell
         try:
-            yield changes
+            async with self._watches.watch(prefix) as changes:
+                yield changes
         finally:
-            del self._listeners[id(changes)]
-            if not self._listeners:
+            if not self._watches:
                 self.library.on_changes = None
 
     def _tell(self, facts: Sequence[Fact]) -> None:
-        for listener in self._listeners.values():
-            for fact in facts:
-                listener.put(fact)
+        for fact in facts:
+            self._watches.tell(fact)
 
     # --- the service
 
