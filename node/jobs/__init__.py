@@ -1,0 +1,1 @@
+"""Jobs: work that the swarm does to its end, whoever dies meanwhile. See docs/architecture.md, "Jobs"."""

@@ -1,0 +1,108 @@
+"""What may stand in a job.toml, kind by kind: one struct each, whose fields are the file's keys.
+
+A field without a default must be given. A field of type `FileName` names a file beside job.toml, which
+`mycel submit` takes along as blocks. To add a key, add a field: names, types, bounds, and what the user is
+told of a wrong one follow from here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=1024)]
+FileName = Annotated[str, Meta(min_length=1, max_length=512, title="file")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
+Seed = Annotated[int, Meta(ge=0, lt=1 << 48)]
+Settings = Annotated[dict[Name, bool | int | float | Text], Meta(max_length=64)]
+"""What an application reads: a flat table."""
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every kind has."""
+
+    KIND: ClassVar[str] = ""
+    name: Annotated[str, Meta(max_length=64)] = ""
+    """For people. Empty: the kind."""
+
+
+class SamplingKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[sampling]: how tokens are drawn. The draw for prompt number i is that of seed + i."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    top_p: Share = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    seed: Seed = 0
+    stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=16)] = ()
+
+
+class GenerateSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of prompts in, a file of completions out."""
+
+    KIND: ClassVar[str] = "generate"
+    model: Name
+    """A served model's name."""
+    prompts: FileName
+    """.jsonl: one JSON text, or object with "prompt" or "messages", in a line; else one prompt a line."""
+    output: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = (
+        "completions.jsonl"
+    )
+    """The artefact's name."""
+    sampling: SamplingKeys = SamplingKeys()
+    at_once: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Prompts that one peer works on at a time; its model's stages compute them in one batch."""
+
+
+class FederateSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rounds of local training, where the data stays home."""
+
+    KIND: ClassVar[str] = "federate"
+    app: Name
+    """A built-in application, or the name of a bundle that the nodes' owners trust."""
+    strategy: Name = "fedavg"
+    rounds: Count = 10
+    clients: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """Clients asked in each round; 0: all that have data."""
+    quorum: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    """Updates without which a round fails."""
+    seed: Seed = 0
+    model: FileName | None = None
+    """Where to begin; without it the application makes one of the seed."""
+    settings: Settings = {}
+    """[settings]: for the application and the strategy."""
+
+
+class TrainSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model, trained together by DiLoCo."""
+
+    KIND: ClassVar[str] = "train"
+    app: Name
+    """A built-in application, or the name of a bundle that the nodes' owners trust."""
+    data: FileName | None = None
+    """Training data that the submitter brings."""
+    model: FileName | None = None
+    """Where to begin; without it the application makes one of the seed."""
+    steps: Count = 1000
+    """Inner steps in all."""
+    inner_steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 50
+    """Local steps between two outer ones."""
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 8
+    peers: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    """Peers without which it waits."""
+    codec: Annotated[str, Meta(pattern="^(none|int8|int4)$")] = "int8"
+    """How outer steps travel."""
+    seed: Seed = 0
+    settings: Settings = {}
+    """[settings]: for the application, its model and its optimizers."""
+
+
+KINDS: dict[str, type[Spec]] = {spec.KIND: spec for spec in (TrainSpec, FederateSpec, GenerateSpec)}
+AnySpec = TrainSpec | FederateSpec | GenerateSpec
