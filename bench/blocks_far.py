@@ -21,7 +21,7 @@ import trio
 
 from mycel.dht.block.disk import DiskStore
 from mycel.dht.block.exchange import Exchange
-from mycel.dht.block.model import fetch_model
+from mycel.dht.block.model import Sources, fetch_model
 from mycel.node.host import Host
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.cid import parse_cid
@@ -64,7 +64,7 @@ async def answer(host: Host, exchange: Exchange, asked: dict[str, Any]) -> dict[
     before = exchange.bytes_received
     began = time.perf_counter()
     only = [asked["only"]] if asked["only"] else None
-    await fetch_model(exchange, parse_cid(asked["fetch"]), peers=only)
+    await fetch_model(exchange, parse_cid(asked["fetch"]), sources=Sources(only))
     return {"s": time.perf_counter() - began, "received": exchange.bytes_received - before}
 
 

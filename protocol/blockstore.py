@@ -12,8 +12,8 @@ from mycel.protocol.cid import Cid
 from mycel.protocol.errors import MycelError
 
 FINGERPRINT_FILE = "mycel-fingerprint"
-"""In a model's directory made of blocks: the fingerprint of the files that it was cut from. Peers with the
-files, and peers with some of its layers, mean the same model."""
+"""In a model's directory made of blocks: the fingerprint of the files that it was cut from, and on a second
+line the name it goes by. Peers with the files, and peers with some of its layers, mean the same model."""
 
 
 class CorruptBlock(MycelError):
@@ -22,6 +22,14 @@ class CorruptBlock(MycelError):
 
 class BlockStore(Protocol):
     """Blocks that this node holds."""
+
+    @property
+    def used_bytes(self) -> int:
+        """What they take, with those on their way in."""
+
+    @property
+    def quota_bytes(self) -> int:
+        """What they may take; 0: as much as there is."""
 
     def has(self, cid: Cid) -> bool:
         """Whether the block is here."""
@@ -40,6 +48,9 @@ class BlockStore(Protocol):
 
     def pinned(self, name: str) -> Sequence[Cid]:
         """What `name` keeps, here or still to come."""
+
+    def pins(self) -> Sequence[str]:
+        """Names that pin something, in order."""
 
     async def unpin(self, name: str) -> None:
         """Let go what `name` pinned; nothing happens where it pinned nothing."""

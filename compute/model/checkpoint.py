@@ -14,7 +14,6 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from safetensors import safe_open
 
 from mycel.compute.engine import ModelUnsupported
-from mycel.protocol.blockstore import FINGERPRINT_FILE
+from mycel.compute.fingerprint import fingerprint_of, name_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -59,17 +58,8 @@ class Source:
     hub: bool
 
     def fingerprint(self) -> str:
-        """sha256 over config.json, and the names and sizes of the weight files.
-
-        A directory made of blocks carries the fingerprint of the files that they were cut from.
-        """
-        told = self.directory / FINGERPRINT_FILE
-        if told.is_file():
-            return told.read_text()[:64]
-        digest = sha256((self.directory / "config.json").read_bytes())
-        for name in sorted(self.file_bytes):
-            digest.update(f"\n{name} {self.file_bytes[name]}".encode())
-        return digest.hexdigest()
+        """See `fingerprint_of`."""
+        return fingerprint_of(self.directory, self.file_bytes)
 
 
 def find(model: str) -> Source:
@@ -98,7 +88,7 @@ def _local(path: Path) -> Source:
     else:
         raise _no_safetensors(str(path), [entry.name for entry in path.iterdir()])
     sizes = {name: (path / name).stat().st_size for name in names}
-    return Source(path.absolute().name, path, weight_map, sizes, hub=False)
+    return Source(name_of(path), path, weight_map, sizes, hub=False)
 
 
 def _remote(model: str) -> Source:

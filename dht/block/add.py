@@ -33,7 +33,7 @@ from mycel.dht.block.manifest import (
 from mycel.dht.block.safetensor import Tensor, find_files, read_tensors
 from mycel.protocol.blockstore import BlockStore, CorruptBlock
 from mycel.protocol.cid import Cid, cid_of
-from mycel.protocol.errors import MycelError, RemoteProtocolError, UsageProblem
+from mycel.protocol.errors import RemoteProtocolError, UsageProblem
 from mycel.protocol.limits import DEFAULT_BLOCK_LIMITS
 
 Progress = Callable[[str, int, int], None]
@@ -88,8 +88,9 @@ async def add_model(
     await store.pin(pin_name(root), [*cutting.lists, *cutting.places])
     try:
         await _copy(store, cutting, say)
-    except MycelError:
-        await (store.pin(pin_name(root), earlier) if earlier else store.unpin(pin_name(root)))
+    except BaseException:  # why: who gives up adding pins nothing either; raised again
+        with trio.CancelScope(shield=True):
+            await (store.pin(pin_name(root), earlier) if earlier else store.unpin(pin_name(root)))
         raise
     return root
 

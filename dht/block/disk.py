@@ -22,7 +22,8 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -69,6 +70,16 @@ class DiskStore:
     def close(self) -> None:
         """Let other processes use the folder."""
         os.close(self._lock)
+
+    @property
+    def used_bytes(self) -> int:
+        """See `BlockStore.used_bytes`."""
+        return self.shelf.used_bytes
+
+    @property
+    def quota_bytes(self) -> int:
+        """See `BlockStore.quota_bytes`."""
+        return self.shelf.quota_bytes
 
     def _open(self) -> None:
         for partial in sorted((self._folder / "partial").iterdir()):
@@ -147,6 +158,10 @@ class DiskStore:
         """See `BlockStore.pinned`."""
         return self.shelf.pins.get(name, ())
 
+    def pins(self) -> Sequence[str]:
+        """See `BlockStore.pins`."""
+        return sorted(self.shelf.pins)
+
     async def unpin(self, name: str) -> None:
         """See `BlockStore.unpin`."""
         self.shelf.unpin(name)
@@ -162,6 +177,17 @@ class DiskStore:
 
     def _pin_path(self, name: str) -> Path:
         return self._folder / "pins" / hashlib.sha256(name.encode()).hexdigest()
+
+
+@asynccontextmanager
+async def disk_store(folder: Path, quota_bytes: int = 0) -> AsyncIterator[DiskStore]:
+    """A store that is opened in a worker thread, for many blocks take a while to look at, and closed at the
+    end. Raises as `DiskStore`."""
+    store = await trio.to_thread.run_sync(DiskStore, folder, quota_bytes)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _scan(folder: Path) -> Iterator[tuple[int, Cid, int]]:

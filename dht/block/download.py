@@ -30,9 +30,15 @@ LOOK_S = 1.0
 
 
 class Download:
-    """What one fetch does. `peers` None: every member."""
+    """What one fetch does. `peers` None: every member, those in `first` before others."""
 
-    def __init__(self, exchange: Exchange, wants: Sequence[Want], peers: Sequence[PeerId] | None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        wants: Sequence[Want],
+        peers: Sequence[PeerId] | None,
+        first: Sequence[PeerId] = (),
+    ) -> None:
         self.on_kept: Callable[[int], None] | None = None
         """Called with the number of blocks left after each one that is kept."""
         self._exchange = exchange
@@ -41,6 +47,7 @@ class Download:
         self._sizes = {want.cid: want.nbytes for want in wants}
         self._plan = Plan(wants, self._mesh.entropy(8), exchange.limits)
         self._only = peers
+        self._first = first
         self._lines: dict[PeerId, _Line] = {}
         self._talking: dict[PeerId, None] = {}
         self._left: dict[PeerId, None] = {}
@@ -79,7 +86,9 @@ class Download:
                     self._meet(event.peer, event.access)
 
     def _meet_all(self) -> None:
-        for info in list(self._mesh.peers.values()):
+        infos = dict(self._mesh.peers)
+        early = [infos.pop(peer) for peer in dict.fromkeys(self._first) if peer in infos]
+        for info in [*early, *infos.values()]:
             self._meet(info.peer, info.access)
 
     def _meet(self, peer: PeerId, access: Access) -> None:

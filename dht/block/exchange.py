@@ -51,10 +51,12 @@ class Exchange:
         wants: Sequence[Want],
         *,
         peers: Sequence[PeerId] | None = None,
+        first: Sequence[PeerId] = (),
         progress: Progress | None = None,
     ) -> None:
         """Bring the blocks that are not here, from `peers` or from all members, and keep them.
 
+        Where there are more members than one fetch talks to, those in `first` are among them.
         They are not pinned by this. Raises `DeadlineExceeded` when nothing came from anybody for
         `limits.patience_s`, `LimitExceeded` where the store has no room, and what else the store raises.
         """
@@ -62,19 +64,21 @@ class Exchange:
         total = len(missing)
         for at in range(0, total, self.limits.wants):
             turn = missing[at : at + self.limits.wants]
-            download = Download(self, turn, peers)
+            download = Download(self, turn, peers, first)
             if progress is not None:
                 progress(at, total)
                 download.on_kept = lambda left, end=at + len(turn): progress(end - left, total)
             await download.run()
 
-    async def get(self, want: Want, *, peers: Sequence[PeerId] | None = None) -> bytes:
+    async def get(
+        self, want: Want, *, peers: Sequence[PeerId] | None = None, first: Sequence[PeerId] = ()
+    ) -> bytes:
         """A block, fetched where it is not here. Raises as `fetch` does."""
         while True:
             data = await self.store.get(want.cid)
             if data is not None:
                 return data
-            await self.fetch([want], peers=peers)
+            await self.fetch([want], peers=peers, first=first)
             if not self.store.has(want.cid):
                 raise LimitExceeded("the store did not keep a block that was fetched; raise its quota")
 

@@ -136,7 +136,7 @@ def read_manifest(data: bytes) -> Manifest:
         seen[name] = None
         if pieces.nbytes > DEFAULT_BLOCK_LIMITS.file_bytes:
             raise RemoteProtocolError(f"file {name} of {pieces.nbytes} bytes is too large for a small file")
-        _check_pieces(name, pieces)
+        check_pieces(name, pieces)
     return manifest
 
 
@@ -152,7 +152,7 @@ def read_part(data: bytes) -> Part:
             raise RemoteProtocolError(f"tensor {tensor.name!r}: {tensor.dtype!r} {tensor.shape} is no tensor")
         if math.prod(tensor.shape) * bits != tensor.pieces.nbytes * 8:
             raise RemoteProtocolError(f"tensor {tensor.name!r} has not the bytes that its shape asks for")
-        _check_pieces(tensor.name, tensor.pieces)
+        check_pieces(tensor.name, tensor.pieces)
     return part
 
 
@@ -168,7 +168,8 @@ def _decode(data: bytes, kind: type[Listed]) -> Listed:
     return listed
 
 
-def _check_pieces(name: str, pieces: Pieces) -> None:
+def check_pieces(name: str, pieces: Pieces) -> None:
+    """Raise `RemoteProtocolError` where size and blocks do not agree."""
     if pieces.nbytes < 0 or len(pieces.cids) != len(cut(pieces.nbytes)) * CID_BYTES:
         raise RemoteProtocolError(f"{name!r}: {pieces.nbytes} bytes and the number of blocks do not agree")
     cids_from(pieces.cids)

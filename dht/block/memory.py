@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -17,6 +18,16 @@ class MemoryStore:
     def __init__(self, quota_bytes: int = 0) -> None:
         self.shelf = Shelf(quota_bytes)
         self._blocks: dict[Cid, bytes] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """See `BlockStore.used_bytes`."""
+        return self.shelf.used_bytes
+
+    @property
+    def quota_bytes(self) -> int:
+        """See `BlockStore.quota_bytes`."""
+        return self.shelf.quota_bytes
 
     def has(self, cid: Cid) -> bool:
         """See `BlockStore.has`."""
@@ -50,7 +61,18 @@ class MemoryStore:
         """See `BlockStore.pinned`."""
         return self.shelf.pins.get(name, ())
 
+    def pins(self) -> Sequence[str]:
+        """See `BlockStore.pins`."""
+        return sorted(self.shelf.pins)
+
     async def unpin(self, name: str) -> None:
         """See `BlockStore.unpin`."""
         await trio.lowlevel.checkpoint()
         self.shelf.unpin(name)
+
+
+@asynccontextmanager
+async def memory_store(quota_bytes: int = 0) -> AsyncIterator[MemoryStore]:
+    """A store that is gone at the end."""
+    await trio.lowlevel.checkpoint()
+    yield MemoryStore(quota_bytes)

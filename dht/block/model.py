@@ -36,7 +36,7 @@ from mycel.dht.block.manifest import (
 from mycel.dht.block.safetensor import INDEX, header_of
 from mycel.protocol.blockstore import FINGERPRINT_FILE, BlockStore
 from mycel.protocol.cid import Cid, cid_text, cids_from
-from mycel.protocol.errors import RemoteProtocolError, UsageProblem
+from mycel.protocol.errors import UsageProblem
 from mycel.protocol.mesh import PeerId
 
 
@@ -50,12 +50,23 @@ class Model:
     """By layer, or `EDGE`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Whom to ask: `only` these, or every member, those in `first` before others."""
+
+    only: Sequence[PeerId] | None = None
+    first: Sequence[PeerId] = ()
+
+
+ANYBODY = Sources()
+
+
 async def fetch_model(
     exchange: Exchange,
     root: Cid,
     span: tuple[int, int] | None = None,
     *,
-    peers: Sequence[PeerId] | None = None,
+    sources: Sources = ANYBODY,
     progress: Progress | None = None,
 ) -> Model:
     """Fetch and pin what a stage of the layers `span` (start, end) needs, None for all; what is here stays.
@@ -65,25 +76,74 @@ async def fetch_model(
     """
     store, name = exchange.store, pin_name(root)
     kept = store.pinned(name)
-    await store.pin(name, [root, *kept])
+    manifest = await _fetch_root(exchange, root, sources)
     try:
-        manifest = read_manifest(await exchange.get(Want(root, None), peers=peers))
         start, end = span or (0, manifest.layers)
         numbers = parts_for(manifest, start, end) if manifest.layers else [EDGE]
-    except (RemoteProtocolError, UsageProblem):
+    except UsageProblem:
         await (store.pin(name, kept) if kept else store.unpin(name))
         raise
     lists = lists_of(manifest, numbers)
-    small = [want for _, pieces in manifest.files for want in wants_of(pieces)]
+    small = _small(manifest)
     await store.pin(name, _names(root, kept, [*lists, *small]))
-    await exchange.fetch([*lists, *small], peers=peers)
+    await exchange.fetch([*lists, *small], peers=sources.only, first=sources.first)
     parts = {}
     for number, want in zip(numbers, lists, strict=True):
-        parts[number] = read_part(await exchange.get(want, peers=peers))
-    tensors = [want for part in parts.values() for t in part.tensors for want in wants_of(t.pieces)]
+        parts[number] = read_part(await exchange.get(want, peers=sources.only, first=sources.first))
+    tensors = _tensors(parts)
     await store.pin(name, _names(root, kept, [*lists, *small, *tensors]))
-    await exchange.fetch(tensors, peers=peers, progress=progress)
+    await exchange.fetch(tensors, peers=sources.only, first=sources.first, progress=progress)
     return Model(root, manifest, parts)
+
+
+async def fetch_manifest(exchange: Exchange, root: Cid, *, sources: Sources = ANYBODY) -> Model:
+    """Fetch and pin the small files alone: enough to choose layers by. Raises as `fetch_model`."""
+    store, name = exchange.store, pin_name(root)
+    kept = store.pinned(name)
+    manifest = await _fetch_root(exchange, root, sources)
+    small = _small(manifest)
+    await store.pin(name, _names(root, kept, small))
+    await exchange.fetch(small, peers=sources.only, first=sources.first)
+    return Model(root, manifest, {})
+
+
+async def _fetch_root(exchange: Exchange, root: Cid, sources: Sources) -> Manifest:
+    store, name = exchange.store, pin_name(root)
+    kept = store.pinned(name)
+    await store.pin(name, list(dict.fromkeys([root, *kept])))
+    try:
+        return read_manifest(await exchange.get(Want(root, None), peers=sources.only, first=sources.first))
+    except BaseException:  # why: what never came, or is no model, is not to be kept; raised again
+        with trio.CancelScope(shield=True):
+            await (store.pin(name, kept) if kept else store.unpin(name))
+        raise
+
+
+async def read_model(store: BlockStore, root: Cid) -> Model | None:
+    """What of a model is in the store, with all of its parts' blocks; None where not even the root is.
+
+    Raises `RemoteProtocolError` where `root` names no manifest.
+    """
+    data = await store.get(root) if store.has(root) else None
+    if data is None:
+        return None
+    manifest = read_manifest(data)
+    parts = {}
+    for number, link in enumerate(lists_of(manifest, range(EDGE, manifest.layers)), start=EDGE):
+        listed = await store.get(link.cid) if store.has(link.cid) else None
+        if listed is not None:
+            part = read_part(listed)
+            if all(store.has(want.cid) for want in _tensors({number: part})):
+                parts[number] = part
+    return Model(root, manifest, parts)
+
+
+def _small(manifest: Manifest) -> list[Want]:
+    return [want for _, pieces in manifest.files for want in wants_of(pieces)]
+
+
+def _tensors(parts: Mapping[int, Part]) -> list[Want]:
+    return [want for part in parts.values() for t in part.tensors for want in wants_of(t.pieces)]
 
 
 def _names(root: Cid, kept: Sequence[Cid], wants: Sequence[Want]) -> list[Cid]:
@@ -112,7 +172,8 @@ async def lay_out(store: BlockStore, model: Model, folder: Path) -> Path:
             await _write(store, directory / name, _header(tensors), [tensor.pieces for tensor in tensors])
         weight_map |= {tensor.name: name for tensor in tensors}
     index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
-    await _write(store, directory / FINGERPRINT_FILE, manifest.fingerprint.encode(), [])
+    told = f"{manifest.fingerprint}\n{manifest.name}\n"
+    await _write(store, directory / FINGERPRINT_FILE, told.encode(), [])
     await _write(store, directory / INDEX, json.dumps(index, indent=1).encode(), [])
     return directory
 
