@@ -331,7 +331,7 @@ class Host:
         self._serve(protocol, Service(None, access, taker))
 
     def stop_serving(self, protocol: str) -> None:
-        """Take no more streams of `protocol`, and tell others. Nothing happens where it is not served."""
+        """See `Mesh.stop_serving`."""
         if self.services.pop(protocol, None) is not None and self._nursery is not None:
             self._settling.stale = True
 

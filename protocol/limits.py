@@ -152,7 +152,13 @@ class KadLimits:
     """One message: a record and 20 peers with eight addresses each."""
 
     value_bytes: int = 16 * KIB
-    """A record's value; larger ones belong into blocks, and their address into the record."""
+    """A record's value; a larger one goes into a block, which the record names..."""
+
+    large_bytes: int = 1 * MIB
+    """...up to this: half of what a block may hold. Beyond it stand models and documents."""
+
+    own_bytes: int = 512 * KIB
+    """What a node states in all, blocks apart: it remembers that over a restart in one small file."""
 
     name_bytes: int = 256
     """What an author calls a record, and a key that is provided."""
@@ -185,7 +191,7 @@ class KadLimits:
     """Providers of one key."""
 
     provider_keys: int = 1024
-    """Keys that one peer may provide at another."""
+    """Keys that one peer may provide at another, and at all."""
 
     questions_per_s: float = 400.0
     """Questions of one peer that are answered; a tenth of it may come at once. Busy ones ask 30."""

@@ -189,6 +189,9 @@ class Mesh(Protocol):
         and logged.
         """
 
+    def stop_serving(self, protocol: str) -> None:
+        """Take no more streams of `protocol`, and tell others. Nothing happens where it is not served."""
+
     def disconnect(self, peer: PeerId, reason: str) -> None:
         """Drop the connection to `peer` with a reason that both sides' logs show."""
 

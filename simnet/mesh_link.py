@@ -93,6 +93,15 @@ class ConnectionEnd:
             return
         self.node.start_handler(handler, self._new_stream(stream_id, protocol))
 
+    def tell_protocols(self, protocols: tuple[str, ...]) -> None:
+        """Tell the other end what this node serves now."""
+        if self._open:
+            self._out.carry(0, self.other._on_protocols, protocols)
+
+    def _on_protocols(self, protocols: tuple[str, ...]) -> None:
+        if self._open:
+            self.node.on_protocols(self.other.node.peer_id, protocols)
+
     def tell(self, size: int, act: str, stream_id: int, *args: object) -> None:
         """See `StreamEnd.tell`."""
         if self._open:

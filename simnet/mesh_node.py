@@ -7,6 +7,7 @@ import hmac
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import base58
@@ -180,6 +181,22 @@ class SimMesh:
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
         self._handlers[protocol] = (handler, access)
+        self._tell_protocols()
+
+    def stop_serving(self, protocol: str) -> None:
+        """See `Mesh.stop_serving`."""
+        self._takers.pop(protocol, None)
+        if self._handlers.pop(protocol, None) is not None:
+            self._tell_protocols()
+
+    def _tell_protocols(self) -> None:
+        for end in self._ends.values():
+            end.tell_protocols(self.protocols)
+
+    def on_protocols(self, peer: PeerId, protocols: tuple[str, ...]) -> None:
+        """A connected peer says what it serves from now on."""
+        if peer in self._peers:
+            self._peers[peer] = replace(self._peers[peer], protocols=protocols)
 
     def take_streams(self, protocol: str, taker: StreamTaker, *, access: Access = Access.MEMBER) -> None:
         """See `Mesh.take_streams`."""
@@ -242,7 +259,7 @@ class SimMesh:
             path=PathKind.DIRECT,
             agent="mycel-simnet",
             listen_addrs=tuple(other.listen_addrs),
-            protocols=tuple(other.protocols),
+            protocols=other.protocols,
             inbound=end.inbound,
             since=trio.current_time(),
         )
@@ -258,7 +275,7 @@ class SimMesh:
             watcher.put(event)
 
     @property
-    def protocols(self) -> Sequence[str]:
+    def protocols(self) -> tuple[str, ...]:
         """What this node serves."""
         return tuple(self._handlers)
 

@@ -49,7 +49,7 @@ class Answerer:
 
     def answer(self, asker: Contact, question: Message, wall: float, now: float) -> Message:
         """What to say to `question`."""
-        self.count("questions")
+        self.count(f"question_{question.kind.name.lower()}")
         name = question.name
         if question.kind is Kind.PUT_VALUE:
             return Message(question.kind, name, self._put(question, wall, now))
@@ -88,13 +88,13 @@ class Answerer:
         added = []
         for contact in question.providers:
             if contact.peer != asker.peer:
-                self.count("refused_provider")  # a peer speaks for itself only
+                self.count("refused_provider_other")  # a peer speaks for itself only
                 continue
             try:
                 self.providers.add(question.name, Contact(asker.peer, contact.addrs or asker.addrs), now)
                 added.append(contact)
             except Refused as error:
-                self.count(f"refused_{error.reason}")
+                self.count(f"refused_provider_{error.reason}")
         return tuple(added[:1])
 
     def count(self, what: str) -> None:

@@ -5,13 +5,14 @@ it took. A failure counts against a peer only when somebody else was heard since
 may well be this node that is off the net, which should not cost it everybody it knows.
 
 Connections that questions opened are kept for the next ones, up to a number; then the one unused the longest
-goes. The other end may do the same at any moment, so a question on a connection that was there before and
-fails is asked once more over a fresh one.
+goes, unless somebody else uses it (`may_hang_up`). The other end may do the same at any moment, so a question
+on a connection that was there before and fails is asked once more over a fresh one.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import trio
 
@@ -59,6 +60,11 @@ class Asker:
         self._in_use: dict[PeerId, int] = {}
         self._heard_at = float("-inf")
         self._doubted: dict[PeerId, None] = {}
+        self._met: dict[PeerId, PeerInfo] = {}
+        self.may_hang_up: Callable[[PeerId], bool] = lambda peer: True
+        """Whether nobody else needs the connection to a peer."""
+        self.can_lead: Callable[[str], bool] = lambda addr: True
+        """Whether an address that others told may lead anywhere from where this node is."""
         self.pace = Pace(limits)
         self.asked = self.unanswered = self.bytes = 0
 
@@ -115,8 +121,10 @@ class Asker:
         if info is None:
             return Contact(peer)
         contact = contact_of(info)
-        if any(access_to(name) <= info.access and name in info.protocols for name in self._protocols):
+        if self._answers(info):
             self._table.on_alive(contact, host_of(info), trio.current_time())
+        elif info.protocols:
+            self._table.forget(peer)  # it says that it answers no questions, or no more
         self.touch(peer)
         return contact
 
@@ -125,18 +133,36 @@ class Asker:
         for peer in list(self._mesh.peers):
             self.heard(peer)
 
+    def meet_changed(self) -> None:
+        """As `meet`, for those of whom something is new since the last time."""
+        before, self._met = self._met, dict(self._mesh.peers)
+        for peer, info in self._met.items():
+            if before.get(peer) is not info:
+                self.heard(peer)
+
+    def _answers(self, info: PeerInfo) -> bool:
+        return any(access_to(name) <= info.access and name in info.protocols for name in self._protocols)
+
     def touch(self, peer: PeerId) -> None:
         """The connection to `peer` was of use, to either side."""
         if peer in self._opened:
             del self._opened[peer]
             self._opened[peer] = None
 
+    async def connect(self, contact: Contact) -> None:
+        """Be connected with `contact`, for as long as it is of use. Raises as `Mesh.connect` does."""
+        if contact.peer not in self._mesh.peers:
+            await self._mesh.connect([addr for addr in dialable(contact) if self.can_lead(addr)])
+            self._opened[contact.peer] = None
+            self._close_unused()
+
     async def _try(self, contact: Contact, question: Message) -> Message:
         peer = contact.peer
-        if peer not in self._mesh.peers:
-            await self._mesh.connect(dialable(contact))
-            self._opened[peer] = None
-            self._close_unused()
+        await self.connect(contact)
+        info = self._mesh.peers.get(peer)
+        if info is not None and info.protocols and not self._answers(info):
+            self._table.forget(peer)
+            raise Refused(f"{peer} answers no questions", reason="protocol")
         stream = await self._mesh.open_stream(peer, self._protocol(peer))
         done = False
         try:
@@ -184,7 +210,7 @@ class Asker:
         for peer in list(self._opened):
             if len(self._opened) <= self._limits.connections:
                 return
-            if peer not in self._in_use:
+            if peer not in self._in_use and self.may_hang_up(peer):
                 del self._opened[peer]
                 self._mesh.disconnect(peer, "unused")
 

@@ -101,6 +101,11 @@ class RecordBook:
         untold.sort(key=lambda kept: kept.told_at)
         return [kept.record for kept in untold[:count]]
 
+    def hand_over(self) -> None:
+        """Every record is due to be told: this node keeps them no longer."""
+        for kept in self._kept.values():
+            kept.told_at = float("-inf")
+
     def told(self, name: bytes, now: float) -> None:
         """This node told the record to its replicas."""
         if name in self._kept:

@@ -6,8 +6,9 @@ key. The value that travels in a libp2p record is a msgpack array
 
     [1, sequence, expires, value, signature]
 
-`expires` in milliseconds since 1970. What is signed is a domain, the name and the first four, each behind its
-length, so that a signature made here is worth nothing elsewhere. Of two records of one name the higher
+`expires` in milliseconds since 1970. A value too large for that is a block (`mycel.dht.kad.large`): then 2
+stands first, and the value says which block. What is signed is a domain, the name and the first four, each
+behind its length, so that a signature made here is worth nothing elsewhere. Of two records of one name the higher
 sequence is newer; the author who signs the same value anew keeps the sequence and moves the expiry.
 
 Pure: the calendar and the check of a signature come in.
@@ -27,8 +28,10 @@ from mycel.protocol.limits import KadLimits
 from mycel.protocol.mesh import PeerId
 
 DOMAIN = b"mycel-record"
+BLOCK_DOMAIN = b"mycel-record-block"
+"""What signatures begin with where the value names a block, so that neither passes for the other."""
 NAMESPACE = b"/mycel/"
-VERSION = 1
+PLAIN, BLOCK = 1, 2
 SEQUENCE_MAX = (1 << 63) - 1
 
 Sign = Callable[[bytes], bytes]
@@ -57,6 +60,8 @@ class Record:
     expires_ms: int
     value: bytes
     raw: bytes
+    names_block: bool = False
+    """Whether `value` says which block holds what the author states."""
 
     @property
     def order(self) -> tuple[int, int, bytes]:
@@ -77,13 +82,20 @@ def name_of(author: PeerId, name: str, limits: KadLimits) -> bytes:
     return NAMESPACE + author.encode() + b"/" + raw
 
 
-def seal(author: PeerId, name: bytes, stated: tuple[int, float, bytes], sign: Sign) -> Record:
+def seal(
+    author: PeerId,
+    name: bytes,
+    stated: tuple[int, float, bytes],
+    sign: Sign,
+    *,
+    names_block: bool = False,
+) -> Record:
     """The record in which `author` states (sequence, expiry in seconds since 1970, value) under `name`."""
     sequence, expires, value = stated
-    expires_ms = int(expires * 1000)
-    signature = sign(_signed(name, sequence, expires_ms, value))
-    raw = _encoder.encode(_Sealed(VERSION, sequence, expires_ms, value, signature))
-    return Record(name, author, sequence, expires_ms, value, raw)
+    version, expires_ms = BLOCK if names_block else PLAIN, int(expires * 1000)
+    signature = sign(_signed(name, version, sequence, expires_ms, value))
+    raw = _encoder.encode(_Sealed(version, sequence, expires_ms, value, signature))
+    return Record(name, author, sequence, expires_ms, value, raw, names_block)
 
 
 def read(name: bytes, raw: bytes, wall: float, verify: Verify, limits: KadLimits) -> Record:
@@ -99,7 +111,11 @@ def read(name: bytes, raw: bytes, wall: float, verify: Verify, limits: KadLimits
         sealed = _decoder.decode(raw)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Refused(f"not a record: {error}", reason="form") from None
-    if sealed.version != VERSION or not 0 <= sealed.sequence <= SEQUENCE_MAX or sealed.expires_ms < 0:
+    if (
+        sealed.version not in (PLAIN, BLOCK)
+        or not 0 <= sealed.sequence <= SEQUENCE_MAX
+        or sealed.expires_ms < 0
+    ):
         raise Refused("a record of another version, or with numbers out of bounds", reason="form")
     if len(sealed.value) > limits.value_bytes:
         raise Refused(
@@ -109,10 +125,11 @@ def read(name: bytes, raw: bytes, wall: float, verify: Verify, limits: KadLimits
         raise Refused("the record expired", reason="expired")
     if sealed.expires_ms > (wall + limits.life_s + limits.skew_s) * 1000:
         raise Refused(f"the record expires more than {limits.life_s:g} s ahead", reason="future")
-    signed = _signed(name, sealed.sequence, sealed.expires_ms, sealed.value)
+    signed = _signed(name, sealed.version, sealed.sequence, sealed.expires_ms, sealed.value)
     if not verify(author, signed, sealed.signature):
         raise Refused(f"the record is not signed by {author}", reason="signature")
-    return Record(name, author, sealed.sequence, sealed.expires_ms, sealed.value, raw)
+    is_block = sealed.version == BLOCK
+    return Record(name, author, sealed.sequence, sealed.expires_ms, sealed.value, raw, is_block)
 
 
 def author_of(name: bytes, limits: KadLimits) -> PeerId:
@@ -129,6 +146,7 @@ def author_of(name: bytes, limits: KadLimits) -> PeerId:
     return author
 
 
-def _signed(name: bytes, sequence: int, expires_ms: int, value: bytes) -> bytes:
-    parts = (DOMAIN, name, sequence.to_bytes(8, "big"), expires_ms.to_bytes(8, "big"), value)
+def _signed(name: bytes, version: int, sequence: int, expires_ms: int, value: bytes) -> bytes:
+    domain = BLOCK_DOMAIN if version == BLOCK else DOMAIN
+    parts = (domain, name, sequence.to_bytes(8, "big"), expires_ms.to_bytes(8, "big"), value)
     return b"".join(varint.prefixed(part) for part in parts)

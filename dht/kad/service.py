@@ -86,8 +86,9 @@ class Kademlia:
         remembered: bytes | None = None,
     ) -> None:
         self._mesh = mesh
-        self._limits = limits
-        self._serve = serve
+        self.limits = self._limits = limits
+        self.is_serving = False
+        """Whether this node answers questions (server mode)."""
         self.counts: dict[str, int] = {}
         """What was asked of this node, and what it refused, by reason."""
         self.table = Table(mesh.peer_id, limits)
@@ -100,10 +101,8 @@ class Kademlia:
         self._own = self._reread(kept.records)
         self._provided = dict.fromkeys(kept.provided, float("-inf"))
         self._upkeep = Upkeep(self, mesh, limits)
-        if serve:
-            desk = Desk(mesh, self.asker, self.answerer, limits)
-            for protocol in protocols:
-                mesh.take_streams(protocol, desk.take, access=access_to(protocol))
+        self._desk = Desk(mesh, self.asker, self.answerer, limits)
+        self.serve(serve)
 
     def _reread(self, kept: Sequence[tuple[bytes, bytes, float]]) -> dict[bytes, Own]:
         wall, found = self._mesh.wall(), {}
@@ -115,22 +114,46 @@ class Kademlia:
 
     # --- the service
 
+    def serve(self, on: bool) -> None:
+        """Answer questions from now on, or only ask. What is kept for others then goes to others."""
+        if on == self.is_serving:
+            return
+        self.is_serving = on
+        for protocol in self._protocols:
+            if on:
+                self._mesh.take_streams(protocol, self._desk.take, access=access_to(protocol))
+            else:
+                self._mesh.stop_serving(protocol)
+        if not on:
+            self.answerer.records.hand_over()
+
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer, ask and keep in order until cancelled."""
-        async with trio.open_nursery() as nursery, self._mesh.events() as events:
+        async with trio.open_nursery() as nursery:
             self._searcher.lives_in(nursery)
-            self.asker.meet()
-            nursery.start_soon(self._upkeep.run)
-            task_status.started()
             try:
-                async for event in events:
-                    if isinstance(event, PeerDown):
-                        self.asker.lost(event.peer, event.reason)
-                        self.answerer.forget(event.peer)
-                    else:
-                        self.asker.heard(event.peer)
+                await nursery.start(self._watch)
+                nursery.start_soon(self._upkeep.run)
+                task_status.started()
+                await trio.sleep_forever()
             finally:
                 self._searcher.lives_in(None)
+
+    async def _watch(self, *, task_status: TaskStatus[None]) -> None:
+        while True:
+            async with self._mesh.events() as events:
+                self.asker.meet()
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
+                try:
+                    async for event in events:
+                        if isinstance(event, PeerDown):
+                            self.asker.lost(event.peer, event.reason)
+                            self.answerer.forget(event.peer)
+                        else:
+                            self.asker.heard(event.peer)
+                except LimitExceeded:
+                    continue  # too slow once: start over from who is connected now
 
     async def bootstrap(self) -> int:
         """Find the peers nearest to this node, who so learn of it; how many peers are known then."""
@@ -143,6 +166,11 @@ class Kademlia:
         records = tuple((own.record.name, own.record.raw, own.life_s) for own in self._own.values())
         contacts = tuple(self.table.all()[: self._limits.bucket * 8])
         return memory.write(memory.Remembered(contacts, records, tuple(self._provided)))
+
+    @property
+    def has_memories(self) -> bool:
+        """Whether an earlier run left contacts to begin with."""
+        return bool(self._searcher.remembered)
 
     # --- peers
 
@@ -171,11 +199,14 @@ class Kademlia:
 
     # --- records
 
-    async def put(self, name: str, value: bytes, *, life_s: float | None = None) -> Stored:
+    async def put(
+        self, name: str, value: bytes, *, life_s: float | None = None, names_block: bool = False
+    ) -> Stored:
         """State `value` under `name` for this node, newer than whatever it stated before.
 
         It lives `life_s` (the limit by default) from now, and is signed anew in time as long as this node
-        runs. Raises `ValueError` for a name and `LimitExceeded` for a value out of bounds.
+        runs. `names_block`: see `mycel.dht.kad.large`. Raises `ValueError` for a name and `LimitExceeded`
+        for a value out of bounds.
         """
         if len(value) > self._limits.value_bytes:
             raise LimitExceeded(
@@ -185,9 +216,19 @@ class Kademlia:
         before = self._own.get(raw_name)
         sequence = max(int(wall * 1000), 0 if before is None else before.record.sequence + 1)
         life = min(life_s or self._limits.life_s, self._limits.life_s)
-        record = seal(self._mesh.peer_id, raw_name, (sequence, wall + life, value), self._mesh.sign)
+        stated = (sequence, wall + life, value)
+        record = seal(self._mesh.peer_id, raw_name, stated, self._mesh.sign, names_block=names_block)
+        others = sum(len(own.record.raw) for other, own in self._own.items() if other != raw_name)
+        if others + len(record.raw) > self._limits.own_bytes:
+            raise LimitExceeded(
+                f"a node states {self._limits.own_bytes} bytes in all; withdraw records, or use blocks"
+            )
         self._own[raw_name] = Own(record, life)
-        return await self.replicate(record)
+        self.answerer.count("puts")
+        stored = await self.replicate(record)
+        if 2 * stored.replicas <= stored.asked:
+            self.answerer.count("puts_short")
+        return stored
 
     def withdraw(self, name: str) -> None:
         """Let the record under `name` run out: it is not signed anew. Raises `ValueError`."""
@@ -204,7 +245,8 @@ class Kademlia:
         for name, own in list(self._own.items()):
             if own.record.expires - wall < own.life_s / 2 and name in self._own:
                 stated = (own.record.sequence, wall + own.life_s, own.record.value)
-                renewed = seal(self._mesh.peer_id, name, stated, self._mesh.sign)
+                kind = own.record.names_block
+                renewed = seal(self._mesh.peer_id, name, stated, self._mesh.sign, names_block=kind)
                 self._own[name] = Own(renewed, own.life_s)
                 await self.replicate(renewed)
         since = trio.current_time() - self._limits.provider_s / 2
@@ -243,7 +285,7 @@ class Kademlia:
         """Whom to tell; where this node is one of the nearest it keeps the record itself."""
         targets, own = lookup.nearest(), key_of_peer(self._mesh.peer_id) ^ lookup.target
         full = len(targets) >= self._limits.bucket
-        if not self._serve or (full and targets[-1].key ^ lookup.target < own):
+        if not self.is_serving or (full and targets[-1].key ^ lookup.target < own):
             return targets
         kept = self.answerer.keep(record, self._mesh.wall(), trio.current_time())
         if kept is not None and kept.order > record.order:
@@ -258,6 +300,7 @@ class Kademlia:
         Raises `ValueError` for an author or a name that cannot be.
         """
         raw_name = name_of(author, name, self._limits)
+        self.answerer.count("gets")
         lookup = self._searcher.lookup(key_of(raw_name), self._limits.quorum)
         held: dict[PeerId, Record | None] = {}
 
@@ -275,6 +318,7 @@ class Kademlia:
         mine = self._known(raw_name)
         newest = max(filter(None, [mine, *held.values()]), key=lambda one: one.order, default=None)
         if newest is None or newest.expires <= self._mesh.wall():
+            self.answerer.count("gets_missed")
             return None
         self._repair(lookup, newest, held)
         return self._found(lookup, newest, held)
@@ -306,14 +350,18 @@ class Kademlia:
 
     # --- providers
 
-    async def provide(self, name: bytes) -> int:
+    async def provide(self, name: bytes, *, again: bool = True) -> int:
         """Say that this node provides `name`, now and again until `unprovide`; how many peers confirmed.
 
-        Raises `ValueError` for a name that is empty or too long.
+        Not `again`: once, which holds for `provider_s`. Raises `ValueError` for a name that is empty or too
+        long, `LimitExceeded` where this node provides too much.
         """
         if not 0 < len(name) <= self._limits.name_bytes:
             raise ValueError(f"what is provided is named by 1 to {self._limits.name_bytes} bytes")
-        self._provided[name] = trio.current_time()
+        if again:
+            if name not in self._provided and len(self._provided) >= self._limits.provider_keys:
+                raise LimitExceeded(f"a node provides {self._limits.provider_keys} things; unprovide some")
+            self._provided[name] = trio.current_time()
         lookup = await self.look_around(name, self._limits.bucket)
         own = Contact(self._mesh.peer_id, tuple(addr.to_bytes() for addr in self._mesh.listen_addrs))
         confirmed: dict[PeerId, None] = {}

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 REPUBLISH_AT_ONCE = 16
 """Records told again at a tick, at most."""
 
+ALONE_S_MAX = 600.0
+"""The longest pause before those known from an earlier run are tried again while nobody is there."""
+
 REFRESH_BITS_MAX = 14
 """Deeper buckets are filled by looking for oneself: names for them are dear (see `name_near`)."""
 
@@ -33,6 +36,8 @@ class Upkeep:
         self._mesh = mesh
         self._limits = limits
         self._settled = False
+        self._alone_s = 0.0
+        self._look_at = float("-inf")
         self._patience = self._chance()
 
     def _chance(self) -> float:
@@ -46,13 +51,24 @@ class Upkeep:
             now = trio.current_time()
             self._kad.answerer.records.expire(self._mesh.wall())
             self._kad.answerer.providers.expire(now)
-            if not self._settled and len(self._kad.table):
-                await self._kad.bootstrap()
-                self._settled = True
+            await self._join(now)
             await self._check(now)
             await self._refresh(now)
             await self._kad.renew()
             await self._republish(now)
+
+    async def _join(self, now: float) -> None:
+        """Look for oneself once somebody is there, and anew when everybody was lost meanwhile.
+
+        While nobody is, those of an earlier run are tried, at growing intervals.
+        """
+        alone = not len(self._kad.table)
+        self._settled = self._settled and not alone
+        if self._settled or (alone and (now < self._look_at or not self._kad.has_memories)):
+            return
+        self._settled = await self._kad.bootstrap() > 0
+        self._alone_s = 0.0 if self._settled else min(2 * self._alone_s + self._limits.tick_s, ALONE_S_MAX)
+        self._look_at = now + self._alone_s
 
     async def _check(self, now: float) -> None:
         """Ask those who were not heard of for long whether they are there, all at once."""

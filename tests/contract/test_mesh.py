@@ -109,6 +109,23 @@ def test_a_protocol_has_one_handler(play_mesh):
     play_mesh(scenario)
 
 
+def test_what_a_node_begins_and_ceases_to_serve_is_told(play_mesh):
+    async def scenario(place):
+        await place.connect()
+        place.b.serve_stream(ECHO, place.echo)
+        await place.until(lambda: ECHO in place.a.peers[place.b.peer_id].protocols)
+        place.b.stop_serving(ECHO)
+        await place.until(lambda: ECHO not in place.a.peers[place.b.peer_id].protocols)
+        place.b.stop_serving(ECHO)
+        with pytest.raises((Refused, StreamReset)):
+            stream = await place.a.open_stream(place.b.peer_id, ECHO)
+            await stream.send(b"hello?")
+            await stream.receive_some()
+        place.b.serve_stream(ECHO, place.echo)
+
+    play_mesh(scenario)
+
+
 def test_strangers_get_what_strangers_may_have(play_mesh):
     async def scenario(place):
         called = []

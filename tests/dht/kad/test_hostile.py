@@ -104,7 +104,7 @@ def test_a_flood_of_provider_records_is_bounded(attack):
             await stranger.ask(Message(Kind.ADD_PROVIDER, b"key %d" % number, providers=(own,)))
             await trio.sleep(0.05)
         assert len(stranger.kad.answerer.providers) == 5
-        assert stranger.kad.counts["refused_quota"] == 25
+        assert stranger.kad.counts["refused_provider_quota"] == 25
 
     attack(scenario)
 
@@ -113,7 +113,7 @@ def test_nobody_says_for_another_what_it_provides(attack, contact):
     async def scenario(stranger):
         answer = await stranger.ask(Message(Kind.ADD_PROVIDER, b"key", providers=(contact(1), contact(2))))
         assert answer.providers == ()
-        assert stranger.kad.counts["refused_provider"] == 2
+        assert stranger.kad.counts["refused_provider_other"] == 2
         assert len(stranger.kad.answerer.providers) == 0
 
     attack(scenario)
