@@ -20,11 +20,11 @@ from mycel.simnet.mesh import MeshOptions, mesh_world
 BLOCK = DEFAULT_BLOCK_LIMITS.block_bytes
 
 
-@pytest.mark.parametrize("nbytes", [0, 5, BLOCK, 2 * BLOCK + 7])
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("nbytes", [0, 5, BLOCK, 2 * BLOCK + 7])
 async def test_a_file_arrives_as_it_was(tmp_path: Path, nbytes: int) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.write_bytes((b"%d " % nbytes) * (nbytes // 2 + 1))
