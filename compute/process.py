@@ -54,6 +54,8 @@ class WorkerOptions:
     any step: sessions have their own, shorter deadlines."""
     start_s_max: float = 120.0
     """From start to the worker's hello: importing torch takes 2-4 s, on a busy or cold machine much more."""
+    serve: str = "mycel.compute.worker_serve"
+    """The module whose `serve` the process runs."""
 
 
 class WorkerProcess:
@@ -120,7 +122,7 @@ def start_process(options: WorkerOptions) -> WorkerProcess:
     stderr = open_stderr()
     command = [
         sys.executable, "-I", "-m", "mycel.compute.worker_main",
-        str(theirs.fileno()), str(os.getpid()), str(options.memory_bytes_max),
+        str(theirs.fileno()), str(os.getpid()), str(options.memory_bytes_max), options.serve,
     ]  # fmt: skip
     try:
         process = subprocess.Popen(

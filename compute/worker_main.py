@@ -1,9 +1,9 @@
 """The worker process: torch, one thread of it, at the far end of a socket pair.
 
-`python -I -m mycel.compute.worker_main FD PARENT MEMORY` serves one request after the other from the
-inherited socket FD until its end, and dies when the process PARENT does, from its first moment on: that is
-why torch is imported only after `die_with`. It holds no keys, reads no configuration, and knows of the world
-only what a request says. What it prints goes to standard error, which the daemon quotes when it dies.
+`python -I -m mycel.compute.worker_main FD PARENT MEMORY SERVE` serves one request after the other from the
+inherited socket FD until its end, as the module SERVE does, and dies when the process PARENT does, from its
+first moment on: that is why torch is imported only after `die_with`. It holds no keys, reads no
+configuration, and knows of the world only what a request says. What it prints goes to standard error, which the daemon quotes when it dies.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import os
 import resource
 import signal
@@ -46,13 +47,13 @@ def trim_stderr() -> None:
 
 def main(arguments: list[str]) -> int:
     """Serve until the daemon closes its end. Returns the exit status."""
-    fd, parent, memory = (int(argument) for argument in arguments)
+    fd, parent, memory = (int(argument) for argument in arguments[:3])
     faulthandler.enable()
     die_with(parent)
-    from mycel.compute.worker_serve import serve
-
+    serve = importlib.import_module(arguments[3]).serve  # the daemon's own choice, never a peer's
     limit_memory(memory)
-    return serve(socket.socket(fileno=fd), trim_stderr)
+    status: int = serve(socket.socket(fileno=fd), trim_stderr)
+    return status
 
 
 if __name__ == "__main__":
