@@ -27,9 +27,10 @@ from functools import partial
 import trio
 from measure import report
 
-from mycel.dht.doc.library import Library, Taken
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE
 from mycel.dht.doc.store import VolatileStore
+from mycel.dht.doc.terms import Taken
 from mycel.protocol.mesh import PeerId
 from mycel.simnet.clock import run
 from mycel.simnet.documents import LOOK_S, DocumentNode, DocumentSwarm, anybody_may_write

@@ -276,6 +276,10 @@ class DocumentLimits:
     chain_bytes: int = 4 * KIB
     """What shows that an author may write; a membership chain takes under 1 KiB."""
 
+    skew_s: float = 86400.0
+    """How far in the future an edition may begin: a calendar that is wrong by more is refused, for what it
+    signs could not be replaced before that day."""
+
     push_peers: int = 8
     """Neighbours that news is pushed to, chosen at random: log 1000 / log 8 = 3.3, so a thousand nodes are a
     few hops wide; whoever is missed finds out by comparing."""

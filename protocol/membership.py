@@ -155,6 +155,19 @@ class Membership:
         own = self._credentials
         return verify_chain(own.chain, own.peer, own.root, self._wall(), skew_s=self._limits.clock_skew_s)
 
+    def judge(self, peer: PeerId, chain: bytes) -> Grant:
+        """What a chain in its encoding gives `peer` now; raises `Refused` with its reason.
+
+        The peer need not be here: what stands in for the connection that proves who it is (its signature over
+        a document, say) is the caller's to check.
+        """
+        if peer in self._revoked:
+            raise Refused(f"{peer} is on the list of revoked peers", reason="revoked")
+        own = self._credentials
+        return verify_chain(
+            decode_chain(chain), peer, own.root, self._wall(), skew_s=self._limits.clock_skew_s
+        )
+
     async def prove(self, stream: Stream) -> Access:
         """The connecting side: show first. Returns the other peer's role; closes the stream.
 
@@ -213,15 +226,7 @@ class Membership:
         """The other peer's grant; when there is none, it is told why before `Refused` is raised."""
         peer = exchange.stream.peer
         try:
-            if peer in self._revoked:
-                raise Refused(f"{peer} is on the list of revoked peers", reason="revoked")
-            grant = verify_chain(
-                decode_chain(shown.chain),
-                peer,
-                self._credentials.root,
-                self._wall(),
-                skew_s=self._limits.clock_skew_s,
-            )
+            grant = self.judge(peer, shown.chain)
         except Refused as refused:
             await exchange.refuse(refused)
         self._ends[peer] = grant.not_after

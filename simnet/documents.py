@@ -98,7 +98,7 @@ class DocumentSwarm:
         self.world = world
         self.nodes: list[DocumentNode] = []
         self.random = random.Random(f"documents {world.options.seed}")
-        self._nursery = nursery
+        self.nursery = nursery
         self._degree = degree
         self._limits = limits
 
@@ -111,13 +111,13 @@ class DocumentSwarm:
             node.wanted = [other.mesh for other in others]
             self.nodes.append(node)
             grown.append(node)
-            await self._nursery.start(node.run)
+            await self.nursery.start(node.run)
         return grown
 
     async def restart(self, node: DocumentNode) -> None:
         """Start a killed node again."""
         node.restart()
-        await self._nursery.start(node.run)
+        await self.nursery.start(node.run)
 
     def cut(self, side: Sequence[DocumentNode]) -> None:
         """Part these nodes from all others until `world.heal`."""

@@ -9,11 +9,13 @@ compact its document without sending it again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-from pycrdt import Doc, Map, TransactionEvent
+from typing import TYPE_CHECKING
 
 from mycel.dht.doc.update import CLIENT_ID, ROOT, Update, read_update
 from mycel.protocol.errors import RemoteProtocolError
+
+if TYPE_CHECKING:
+    from pycrdt import Doc, Map, TransactionEvent
 
 VALUE_OVERHEAD = 16
 """Bytes that a live value takes in a snapshot beside its key and itself, at most."""
@@ -100,6 +102,8 @@ class Writer:
     """Writes updates to a document that begins with `updates`, which this node wrote itself."""
 
     def __init__(self, updates: Sequence[bytes] = ()) -> None:
+        from pycrdt import Doc, Map  # not when the daemon starts: it takes 60 ms
+
         self._doc: Doc[Map[bytes]] = Doc(client_id=CLIENT_ID)
         self._map = self._doc.get(ROOT, type=Map)
         for update in updates:

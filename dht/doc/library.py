@@ -9,18 +9,19 @@ and what does not hold is counted by its reason:
 - `oversized`: more than a document may have;
 - `malformed`: an impossible version, or bytes that are no update;
 - `full`: no room for one more author;
+- `skewed`: of an edition that begins in the future, further than calendars may differ;
 - `forked`: the author signed two different documents for one version; the one that was here first stays,
   until a later version settles it.
 
-A node that got an old disk back, or lost its disk and has not written yet, hears of its own document from
-others. It takes it over, and writes on top what it has written since it started.
+A node that got an old disk back, or lost its disk, hears of its own document from others. It takes it over,
+and writes on top what it has written since it started. That this can never come too late, editions begin with
+the calendar's milliseconds only once others were compared with; before, they are numbered from where the disk
+ends, and a node without a document begins with a **provisional** edition, older than any proper one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
-from typing import Protocol
 
 from mycel.dht.doc.document import Document, Forged, Unfit
 from mycel.dht.doc.message import (
@@ -35,6 +36,7 @@ from mycel.dht.doc.message import (
     next_digest,
 )
 from mycel.dht.doc.store import DocumentStore
+from mycel.dht.doc.terms import MayWrite, Refusal, Signer, Taken
 from mycel.dht.doc.vector import StateVector
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
@@ -44,39 +46,8 @@ from mycel.protocol.mesh import PeerId
 VERSION_MAX = 1 << 62
 """Editions are milliseconds of the author's calendar; SQLite keeps 63 bits."""
 
-MayWrite = Callable[[PeerId, bytes], bool]
-"""Whether an author may write in this swarm, by the chain that it shows."""
-
-
-class Signer(Protocol):
-    """What a library needs of a mesh: who this node is, signatures, and the calendar."""
-
-    @property
-    def peer_id(self) -> PeerId: ...
-    def sign(self, data: bytes) -> bytes: ...
-    def verify(self, peer: PeerId, data: bytes, signature: bytes) -> bool: ...
-    def wall(self) -> float: ...
-
-
-class Taken(Enum):
-    """What became of a part."""
-
-    NEWS = "news"
-    KNOWN = "known"
-    GAP = "gap"
-    """It does not continue what is here: ask for what is missing."""
-    UNWANTED = "unwanted"
-    """Refused for its author's sake, or for want of room: whoever passed it on did nothing wrong."""
-    REFUSED = "refused"
-    """Refused for what it is: nobody who checks passes it on."""
-
-
-class Refusal(Exception):
-    """Why a part is not taken; `reason` is one of the words above."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+PROVISIONAL_MAX = 1 << 32
+"""Editions up to this were begun without knowing what others have."""
 
 
 class Library:
@@ -109,6 +80,7 @@ class Library:
         of its author's keys."""
         self.refused: dict[str, int] = {}
         """Parts that were not taken, by reason."""
+        self._has_compared = False
         for whole in store.load():
             try:
                 self._put(Document.of(whole))
@@ -117,8 +89,8 @@ class Library:
                 self._count("damaged")
                 store.forget(whole.head.author)
         own = self._documents.get(signer.peer_id)
-        if own is not None and own.chain != chain:
-            self.compact()
+        if own is not None and own.version.edition <= PROVISIONAL_MAX:
+            self._remember(own.live)
 
     # --- reading
 
@@ -135,6 +107,11 @@ class Library:
     def document(self, author: PeerId) -> Document | None:
         """What is held of `author`. Do not change it."""
         return self._documents.get(author)
+
+    @property
+    def authors(self) -> list[PeerId]:
+        """Whose documents are here, in order."""
+        return sorted(self._documents)
 
     def read(self, prefix: str) -> list[Fact]:
         """The merged view: what all authors say under keys that start so, ordered by (key, author)."""
@@ -183,18 +160,45 @@ class Library:
     def compact(self) -> None:
         """Let the own document forget its history. Others who have all of it need not be sent anything."""
         own = self._documents.get(self._signer.peer_id)
-        if own is None or (not own.log and own.chain == self._chain):
+        if own is None:
+            return
+        is_proper = own.version.edition > PROVISIONAL_MAX or not self._has_compared
+        if is_proper and not own.log and own.chain == self._chain:
             return
         compacted = own.compacted(self._next_edition(own.version.edition), self._sign, self._chain)
         self._save(compacted.whole(), durable=True)
         self._put(compacted)
+
+    @property
+    def has_compared(self) -> bool:
+        """Whether others were asked for this node's own document since it started."""
+        return self._has_compared
+
+    def on_compared(self) -> None:
+        """What others have of the own document is here now. Raises what the store raises."""
+        self._has_compared = True
+        own = self._documents.get(self._signer.peer_id)
+        if own is not None and (own.version.edition <= PROVISIONAL_MAX or own.chain != self._chain):
+            self.compact()
+
+    def renew(self, chain: bytes) -> None:
+        """Show another chain from now on: in a new edition, once it may begin one."""
+        self._chain = chain
+        if self._has_compared:
+            self.on_compared()
 
     def _begun(self) -> Document:
         edition = self._next_edition(0)
         return Document(self._sign(Version(edition, 0), first_digest(edition, b"")), b"", (), self._chain)
 
     def _next_edition(self, last: int) -> int:
-        return max(last + 1, int(self._signer.wall() * 1000))
+        if not self._has_compared:
+            return last + 1
+        now = int(self._signer.wall() * 1000)
+        return now if self._is_skewed(last) else max(last + 1, now)
+
+    def _is_skewed(self, edition: int) -> bool:
+        return edition > (self._signer.wall() + self._limits.skew_s) * 1000
 
     def _remember(self, changes: Mapping[str, bytes | None]) -> None:
         """Which keys were written since the start, the latest ones."""
@@ -248,11 +252,13 @@ class Library:
             return Taken.GAP
         except Refusal as refusal:
             self._count(refusal.reason)
-            return Taken.UNWANTED if refusal.reason in ("foreign", "full") else Taken.REFUSED
+            return Taken.UNWANTED if refusal.reason in ("foreign", "full", "skewed") else Taken.REFUSED
         except RemoteProtocolError as error:
             self._count("forged" if isinstance(error, Forged) else "malformed")
             return Taken.REFUSED
         touched = now.take_changed() if now is document else [*now.take_changed(), *old]
+        if now is not document:
+            self._saved.pop(author, None)  # what is kept may be another history of the same edition
         self._put(now)
         self._save(now.whole(), durable=False)  # where this fails, the next one keeps this part too
         if author == self._signer.peer_id:
@@ -288,11 +294,29 @@ class Library:
         replaced = self._sizes.get(head.author, 0) if part.snapshot is not None else 0
         if self._bytes - replaced + part.size > limits.total_bytes:
             raise Refusal("full")
+        if self._is_skewed(head.edition):
+            raise Refusal("skewed")
         chain = part.chain if part.chain or document is None else document.chain
         if not self._may_write(head.author, chain):
             raise Refusal("foreign")
         if not self._signer.verify(head.author, head.signed_bytes(), head.signature):
             raise Refusal("forged")
+
+    def forget(self, author: PeerId) -> None:
+        """Let go of an author who may not write here any more. Raises what the store raises."""
+        document = self._documents.pop(author, None)
+        if document is None:
+            return
+        self._bytes -= self._sizes.pop(author)
+        self._saved.pop(author, None)
+        self.vector.remove(author)
+        self._store.forget(author)
+        if self.on_changes is not None:
+            self.on_changes([Fact(author, key, None) for key in sorted(document.live)])
+
+    async def synced(self) -> None:
+        """Until what this node wrote is safe from a loss of power. Raises what the store raises."""
+        await self._store.synced()
 
     def _save(self, whole: Part, *, durable: bool) -> None:
         author = whole.head.author

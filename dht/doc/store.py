@@ -11,7 +11,7 @@ A document's head, its snapshot and its log lie apart, so that one more update w
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -37,12 +37,16 @@ class DocumentStore(Protocol):
         """Every document, whole, ordered by author."""
 
     def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
-        """Keep a document, of which `kept` was kept before. On return it is safe from the process's death,
-        and from a loss of power where `durable`. Raises `UsageProblem` where it cannot be kept.
+        """Keep a document, of which `kept` was kept before (None: nothing that it continues). On return, or
+        where the store says so once `synced` returns, it is safe from the process's death, and from a loss
+        of power where `durable`. Raises `UsageProblem` where it cannot be kept.
         """
 
     def forget(self, author: PeerId) -> None:
         """Keep this author's document no longer."""
+
+    async def synced(self) -> None:
+        """Until everything that was saved as durable is. Raises `UsageProblem` where it could not be kept."""
 
 
 class VolatileStore:
@@ -63,15 +67,20 @@ class VolatileStore:
         """See `DocumentStore.forget`."""
         self._documents.pop(author, None)
 
+    async def synced(self) -> None:
+        """See `DocumentStore.synced`: nothing survives here."""
+
 
 class SqliteStore:
-    """Keeps documents in one SQLite file."""
+    """Keeps documents in one SQLite file. Any thread may use it, one at a time."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the file at `path`. Raises `UsageProblem` for a file that is none of ours."""
         self._path = path
         try:
-            self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+            self._database = sqlite3.connect(
+                path, isolation_level=None, timeout=_BUSY_S, check_same_thread=False
+            )
             self._database.execute("PRAGMA journal_mode = WAL")
             self._prepare()
         except sqlite3.DatabaseError as error:
@@ -124,37 +133,51 @@ class SqliteStore:
 
     def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         """See `DocumentStore.save`."""
-        try:
-            self._save(whole, kept, durable=durable)
-        except sqlite3.Error as error:
-            raise UsageProblem(f"{self._path}: {error}; see to it that its disk has room") from None
-
-    def _save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
-        head = whole.head
-        author = head.author
-        with self._transaction(durable=durable):
-            if kept is None or kept.edition != head.edition or kept.sequence > head.sequence:
-                self._database.execute("DELETE FROM log WHERE author = ?", (author,))
-                self._database.execute(
-                    "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)", (author, whole.snapshot, whole.chain)
-                )
-                first = 0
-            else:
-                first = kept.sequence
-            self._database.executemany(
-                "INSERT INTO log VALUES (?, ?, ?)",
-                [(author, number, whole.updates[number]) for number in range(first, head.sequence)],
-            )
-            self._database.execute(
-                "INSERT OR REPLACE INTO head VALUES (?, ?, ?, ?, ?)",
-                (author, head.edition, head.sequence, head.digest, head.signature),
-            )
+        self.change([(whole, kept)], [], durable=durable)
 
     def forget(self, author: PeerId) -> None:
         """See `DocumentStore.forget`."""
-        with self._transaction(durable=False):
-            for table in ("head", "snapshot", "log"):
-                self._database.execute(f"DELETE FROM {table} WHERE author = ?", (author,))
+        self.change([], [author], durable=False)
+
+    async def synced(self) -> None:
+        """See `DocumentStore.synced`: everything is when `save` returns."""
+
+    def change(
+        self, saves: Sequence[tuple[Part, Version | None]], forgotten: Sequence[PeerId], *, durable: bool
+    ) -> None:
+        """Forget authors and save documents, each as `save` has it, in one transaction.
+
+        Raises `UsageProblem`: then nothing of it was done.
+        """
+        try:
+            with self._transaction(durable=durable):
+                for author in forgotten:
+                    for table in ("head", "snapshot", "log"):
+                        self._database.execute(f"DELETE FROM {table} WHERE author = ?", (author,))
+                for whole, kept in saves:
+                    self._save(whole, kept)
+        except sqlite3.Error as error:
+            raise UsageProblem(f"{self._path}: {error}; see to it that its disk has room") from None
+
+    def _save(self, whole: Part, kept: Version | None) -> None:
+        head = whole.head
+        author = head.author
+        first = 0
+        if kept is None or kept.edition != head.edition or kept.sequence > head.sequence:
+            self._database.execute("DELETE FROM log WHERE author = ?", (author,))
+            self._database.execute(
+                "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)", (author, whole.snapshot, whole.chain)
+            )
+        else:
+            first = kept.sequence
+        self._database.executemany(
+            "INSERT INTO log VALUES (?, ?, ?)",
+            [(author, number, whole.updates[number]) for number in range(first, head.sequence)],
+        )
+        self._database.execute(
+            "INSERT OR REPLACE INTO head VALUES (?, ?, ?, ?, ?)",
+            (author, head.edition, head.sequence, head.digest, head.signature),
+        )
 
     def close(self) -> None:
         """Close the file."""

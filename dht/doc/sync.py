@@ -5,10 +5,20 @@ random, one call at a time to each, so that a slow neighbour gets fewer and larg
 seconds, whenever a peer comes, and whenever a part does not continue what is here, it compares with one peer:
 one digest per bucket of authors, versions for the buckets that differ, then whatever either side lacks.
 So a partition, a lost message or a restart costs time and no change.
+
+    documents.write({"capacity/0": packed, "capacity/1": None})     # sets and deletes keys of this node's own
+    await documents.synced()                                        # where it must survive a loss of power
+    documents.read("capacity/")                                     # [Fact(author, key, value), ...] of all
+    async with documents.watch("capacity/") as changes: ...         # Facts; value None: deleted
+
+What is written is on its way to the disk when `write` returns, and is told to nobody before it is there: so
+no author can be heard to say two things under one version because its power went.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -16,7 +26,7 @@ import trio
 
 from mycel.dht.changes import Watches
 from mycel.dht.doc.gossip import Outbox
-from mycel.dht.doc.library import Library, Taken
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import (
     COMPARE,
     PUSH,
@@ -30,12 +40,21 @@ from mycel.dht.doc.message import (
     Vector,
     Version,
 )
+from mycel.dht.doc.terms import Taken
+from mycel.dht.doc.wanted import Wanted
 from mycel.protocol.board import Fact
-from mycel.protocol.errors import ConnectionLost, LimitExceeded, MycelError
+from mycel.protocol.errors import ConnectionLost, LimitExceeded, MycelError, UsageProblem
 from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import Access, Mesh, PeerId, PeerUp
 from mycel.protocol.method import Call
 from mycel.protocol.rpc import Rpc
+
+log = logging.getLogger("mycel.dht")
+
+COMPARE_ALL_S = 5.0
+"""How long a node that started goes on comparing before it takes its own document for what others have of it.
+It is done sooner where it compared with everybody that it is connected with, or with..."""
+COMPARE_ENOUGH = 3
 
 COMPARERS = 4
 """Comparisons that this node makes at once: when everybody comes at once after a partition."""
@@ -59,6 +78,10 @@ class Documents:
         self._due: dict[PeerId, None] = {}
         self._due_news = trio.Event()
         self._faults: dict[PeerId, int] = {}
+        self._wanted = Wanted(limits.authors)
+        self._compared: dict[PeerId, None] | None = {}
+        """Who was compared with since the start; None once that was enough."""
+        self._compared_s = math.inf
         self._watches = Watches()
         self.sent_parts = 0
         """Parts pushed or given out so far."""
@@ -69,13 +92,18 @@ class Documents:
     # --- reading and writing
 
     def write(self, changes: Mapping[str, bytes | None]) -> None:
-        """Set keys of this node's document (None deletes); kept when this returns, and on its way to all.
+        """Set keys of this node's document (None deletes): on its way to the disk and then to all others.
 
         Raises as `Library.write`.
         """
         before = self.library.write(changes)
         if before is not None:
             self._offer(self._mesh.peer_id, before)
+
+    async def synced(self) -> None:
+        """Until what this node wrote is on the disk. Raises `UsageProblem` where it could not be kept: it
+        stands and is shared while this node runs, and later only where others keep it."""
+        await self.library.synced()
 
     def read(self, prefix: str) -> list[Fact]:
         """What all authors say under keys that start so, ordered by (key, author)."""
@@ -132,7 +160,7 @@ class Documents:
     def _on_up(self, nursery: trio.Nursery, peer: PeerId, access: Access) -> None:
         if access < Access.MEMBER:
             return
-        if self._mesh.peer_id < peer:  # one of the two is enough
+        if self._mesh.peer_id < peer or self._compared is not None:  # one of the two is enough
             self._compare_soon(peer)
         if peer in self._outboxes:
             return
@@ -196,6 +224,7 @@ class Documents:
         """Push; the authors of whom nothing was news."""
         if not parts:
             return []
+        await self._settle_own()
         self.sent_parts += len(parts)
         reply = await self._rpc.call(peer, PUSH, PushParts(list(parts)), deadline_s=self._limits.call_s)
         return reply.knew
@@ -221,10 +250,21 @@ class Documents:
                 source = peer if author != self._mesh.peer_id else None
                 self._offer(author, before, source, was_missed=was_missed)
             elif was is Taken.GAP:
+                if was_missed:
+                    self._wanted.tear(author)
                 self._compare_soon(peer)
+            elif was is Taken.UNWANTED:
+                self._wanted.leave(part.head, trio.current_time())
             elif was is Taken.REFUSED and not self._is_tolerable(peer):
                 break
         return became
+
+    async def _settle_own(self) -> None:
+        """Before anything is given out: what this node wrote must not be gone after a loss of power."""
+        try:
+            await self.library.synced()
+        except UsageProblem as error:
+            log.warning("what this node wrote is shared, but not kept: %s", error)
 
     def _is_tolerable(self, peer: PeerId) -> bool:
         """Count a part that honest peers do not send; False once there were too many: the peer is dropped."""
@@ -267,19 +307,47 @@ class Documents:
         limit_s = self._limits.call_s
         digests = Compare(self.library.vector.digests)
         differing = await self._rpc.call(peer, COMPARE, digests, deadline_s=limit_s)
-        if not differing.buckets:
-            return
+        if differing.buckets:
+            await self._mend(peer, differing.buckets)
+        self._note_compared(peer)
+
+    async def _mend(self, peer: PeerId, buckets: list[int]) -> None:
         while True:
-            versions = dict(self.library.vector.of(differing.buckets))
-            reply = await self._rpc.call(peer, SYNC, Vector(differing.buckets, versions), deadline_s=limit_s)
+            whole = self._wanted.torn
+            versions = self._wanted.of(self.library.vector.of(buckets), buckets, trio.current_time())
+            reply = await self._rpc.call(
+                peer, SYNC, Vector(buckets, versions), deadline_s=self._limits.call_s
+            )
             became = await self._take(peer, reply.parts, was_missed=True)
-            if reply.is_all or Taken.NEWS not in became.values():
+            self._wanted.mend(whole)
+            if (reply.is_all or Taken.NEWS not in became.values()) and not self._wanted.torn:
                 break
         outbox = Outbox(self.library, self._limits)
         for author, version in reply.wants.items():
             outbox.put(author, Version(*version))
         while parts := outbox.take():
             await self._send(peer, parts)
+
+    def _note_compared(self, peer: PeerId) -> None:
+        """Count up to when this node may take its own document for what others have of it."""
+        if self._compared is None:
+            return
+        self._compared[peer] = None
+        self._compared_s = min(self._compared_s, trio.current_time())
+        members = [one for one, info in self._mesh.peers.items() if info.access >= Access.MEMBER]
+        is_long_enough = trio.current_time() >= self._compared_s + COMPARE_ALL_S
+        is_enough = len(self._compared) >= COMPARE_ENOUGH or all(one in self._compared for one in members)
+        if is_enough or is_long_enough:
+            self._compared = None
+            before = self.library.version(self._mesh.peer_id)
+            self.library.on_compared()
+            self._offer(self._mesh.peer_id, before)
+
+    def renew(self, chain: bytes) -> None:
+        """Show another chain from now on."""
+        before = self.library.version(self._mesh.peer_id)
+        self.library.renew(chain)
+        self._offer(self._mesh.peer_id, before)
 
     async def _on_compare(self, call: Call, request: Compare) -> Differing:
         return Differing(self.library.vector.differing(request.buckets))
@@ -288,6 +356,10 @@ class Documents:
         if len(request.versions) > self._limits.authors:
             raise LimitExceeded(f"a vector of {len(request.versions)} authors; documents.authors bounds it")
         missing = self.library.missing(request)
+        for author in list(missing.wants):
+            if not self._wanted.lets_in(author, Version(*request.versions[author]), trio.current_time()):
+                del missing.wants[author]
+        await self._settle_own()
         self.sent_parts += len(missing.parts)
         if call.peer in self._outboxes:
             for author, version in request.versions.items():

@@ -26,6 +26,12 @@ class StateVector:
         self._buckets[bucket][author] = version
         self._digests[bucket] = None
 
+    def remove(self, author: PeerId) -> None:
+        """`author`'s document is not here any more."""
+        bucket = bucket_of(author)
+        if self._buckets[bucket].pop(author, None) is not None:
+            self._digests[bucket] = None
+
     @property
     def digests(self) -> bytes:
         """One digest per bucket, `BUCKET_BYTES` each."""

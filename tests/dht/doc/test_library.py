@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mycel.dht.doc.document import Document
-from mycel.dht.doc.library import Library, Taken
+from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE, Head, Missing, Part, Vector, Version, head_bytes, next_digest
 from mycel.dht.doc.store import VolatileStore
+from mycel.dht.doc.terms import Taken
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded
 from mycel.protocol.limits import DocumentLimits
@@ -197,6 +198,7 @@ def test_a_new_chain_travels_with_a_new_edition(signer_of: Signers) -> None:
     rb.take(whole_of(ra, a))
     valid[:] = [b"new"]
     ra = Library(a, store, anybody, chain=b"new", limits=SMALL)
+    ra.on_compared()
     ra.write({"k": b"2"})
     assert [rb.take(part) for part in ra.since(a.peer_id, rb.version(a.peer_id))] == [Taken.NEWS]
     assert rb.read("") == [Fact(a.peer_id, "k", b"2")]
@@ -240,6 +242,7 @@ def test_an_old_disk_takes_over_what_others_have(signer_of: Signers) -> None:
     a, b = signer_of(1), signer_of(2)
     backup, rb = VolatileStore(), library_of(b)
     ra = library_of(a, backup)
+    ra.on_compared()
     ra.write({"k": b"1", "l": b"1"})
     old = VolatileStore()
     old.save(whole_of(ra, a), None, durable=True)
@@ -265,6 +268,68 @@ def test_a_lost_disk_comes_back_from_others(signer_of: Signers) -> None:
     fresh.write({"l": b"2"})
     assert rb.take(fresh.since(a.peer_id, rb.version(a.peer_id))[0]) is Taken.NEWS
     assert [fact.value for fact in rb.read("")] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_who_writes_before_it_compared_keeps_what_others_had_of_it(
+    signer_of: Signers, restarts: bool
+) -> None:
+    a, b = signer_of(1), signer_of(2)
+    first, rb = library_of(a), library_of(b)
+    first.on_compared()
+    first.write({"jobs/1": b"old", "member": b"old"})
+    rb.take(whole_of(first, a))
+    store = VolatileStore()
+    second = library_of(a, store)  # the disk was lost
+    for n in range(300):  # over several compactions
+        second.write({"member": b"%d" % n})
+    assert rb.take(whole_of(second, a)) is Taken.KNOWN
+    if restarts:
+        second = library_of(a, store)
+    assert [second.take(part) for part in rb.since(a.peer_id, NOWHERE)] == [Taken.NEWS]
+    second.on_compared()
+    assert [fact.value for fact in second.read("")] == [b"old", b"299"]
+    assert rb.take(whole_of(second, a)) is Taken.NEWS
+    assert rb.read("") == second.read("")
+
+
+def test_a_provisional_document_becomes_a_proper_one(signer_of: Signers) -> None:
+    a = signer_of(1)
+    ra = library_of(a)
+    ra.write({"k": b"1"})
+    assert ra.version(a.peer_id).edition == 1
+    ra.on_compared()
+    assert ra.version(a.peer_id) == Version(int(a.wall() * 1000), 0)
+
+
+def test_whose_membership_ended_leaves_the_library(signer_of: Signers) -> None:
+    a, b = signer_of(1), signer_of(2)
+    valid, store, told = {a.peer_id}, VolatileStore(), list[Fact]()
+    ra, rb = library_of(a), Library(b, store, lambda author, chain: author in valid, limits=SMALL)
+    rb.on_changes = told.extend
+    empty = rb.vector.digests
+    ra.write({"k": b"1"})
+    assert rb.take(whole_of(ra, a)) is Taken.NEWS
+    valid.clear()
+    rb.forget(a.peer_id)
+    assert (rb.read(""), rb.size, rb.authors, rb.vector.digests, store.load()) == ([], 0, [], empty, [])
+    assert told == [Fact(a.peer_id, "k", b"1"), Fact(a.peer_id, "k", None)]
+    assert rb.take(whole_of(ra, a)) is Taken.UNWANTED
+
+
+def test_editions_from_the_future_are_refused_and_not_kept_up(signer_of: Signers) -> None:
+    a, b = signer_of(1), signer_of(2)
+    ra, rb = library_of(a), library_of(b)
+    ra.on_compared()
+    right = a.now
+    a.now += 10 * 86400
+    ra.write({"k": b"1"})
+    assert rb.take(whole_of(ra, a)) is Taken.UNWANTED
+    assert rb.refused == {"skewed": 1}
+    a.now = right  # the clock is set right
+    ra.write({"k": b"2"})
+    ra.compact()
+    assert rb.take(whole_of(ra, a)) is Taken.NEWS
 
 
 def test_two_documents_for_one_version_are_counted_and_the_next_settles_them(signer_of: Signers) -> None:

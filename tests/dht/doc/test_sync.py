@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import trio
 
-from mycel.dht.doc.message import PUSH, PushParts
+from mycel.dht.doc.library import Library
+from mycel.dht.doc.message import NOWHERE, PUSH, PushParts
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, MycelError
 from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
@@ -80,6 +81,44 @@ async def test_nothing_written_is_lost_by_nodes_that_die_and_restart(autojump_cl
         await swarm.until(swarm.is_settled, 30)
         assert len(swarm.nodes[0].documents.read("k")) == 12 * 30
         assert all(node.state == swarm.nodes[0].state for node in swarm.nodes)
+
+
+async def test_another_history_of_one_edition_gives_way_to_the_longer_one(autojump_clock: Clock) -> None:
+    async with swarm_of(6) as swarm:
+        author = swarm.nodes[2]
+        author.documents.write({"k": b"1"})
+        await swarm.until(swarm.is_settled, 10)
+        (whole,) = author.library.since(author.mesh.peer_id, NOWHERE)
+        author.documents.write({"k": b"2"})
+        author.documents.write({"l": b"2"})
+        await swarm.until(swarm.is_settled, 10)
+        author.kill()
+        author.store.forget(author.mesh.peer_id)
+        author.store.save(whole, None, durable=True)  # a disk from before
+        author.restart()
+        author.documents.write({"m": b"3"})  # before anybody could be asked
+        await swarm.nursery.start(author.run)
+        await swarm.until(swarm.is_settled, 10)
+        for node in swarm.nodes:
+            assert [(fact.key, fact.value) for fact in node.documents.read("")] == [
+                ("k", b"2"), ("l", b"2"), ("m", b"3")
+            ]  # fmt: skip
+            assert Library(node.mesh, node.store, lambda *_: True).refused == {}
+
+
+async def test_refused_documents_are_not_sent_again_and_again(autojump_clock: Clock) -> None:
+    async with swarm_of(2) as swarm:
+        one, two = swarm.nodes
+        one.documents.write({"k": bytes(1000)})
+        await swarm.until(swarm.is_settled, 10)
+        two.library.forget(one.mesh.peer_id)
+        two.library._may_write = lambda author, chain: author != one.mesh.peer_id
+        await trio.sleep(10)
+        sent = one.documents.sent_parts
+        assert two.library.refused["foreign"] >= 1
+        await trio.sleep(60)
+        assert one.documents.sent_parts <= sent + 1
+        assert two.documents.read("") == []
 
 
 async def test_a_late_joiner_catches_up(autojump_clock: Clock) -> None:
