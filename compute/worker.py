@@ -1,4 +1,5 @@
-"""The daemon's side of a worker: an `Engine` whose torch runs in a process of its own (`mycel.compute.child`).
+"""The daemon's side of a worker: an `Engine` whose torch runs in a process of its own
+(`mycel.compute.child`).
 
 Calls take turns, a cancelled one loses nothing, and a worker that dies, speaks nonsense or does not answer is
 an `EngineLost` with its last words.

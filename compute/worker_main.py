@@ -3,7 +3,8 @@
 `python -I -m mycel.compute.worker_main FD PARENT MEMORY SERVE` serves one request after the other from the
 inherited socket FD until its end, as the module SERVE does, and dies when the process PARENT does, from its
 first moment on: that is why torch is imported only after `die_with`. It holds no keys, reads no
-configuration, and knows of the world only what a request says. What it prints goes to standard error, which the daemon quotes when it dies.
+configuration, and knows of the world only what a request says. What it prints goes to standard error, which
+the daemon quotes when it dies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+"""Rules that hold while some clients lie: K updates in, one update out, whatever a minority sends.
+
+All take the updates of a round as rows, shape [K, p], and how many of them may lie, f. None looks at what a
+client says of itself (how many examples it has, say): a liar would say a million. Most need distances and
+inner products only, and those are all in the **Gram matrix** of the rows, K by K: it costs one pass over the
+updates, and everything after it works on K numbers instead of p (`gram`). What comes out is then
+coefficients, one for each row.
+
+Sources: trimmed mean: Yin et al. 2018 (arXiv 1803.01498), definition 2; MultiKrum: Blanchard et al. 2017
+(NeurIPS), section 4; geometric median: Pillutla et al. 2022 (arXiv 1912.13445), algorithm 2; Flag Aggregator:
+Almansoori et al. 2024 (arXiv 2302.05865), section 2 and algorithm 1. Why workers send momentum where such a
+rule is used: Karimireddy et al. 2021 (arXiv 2012.10333), section 5.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mycel.protocol.errors import LocalProtocolError
+
+Rows = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+
+_CHUNK = 1 << 18
+"""Columns taken at a time: K rows of them stay in the cache."""
+_TINY = 1e-12
+
+
+def gram(rows: Rows) -> Matrix:
+    """All inner products of the rows, shape [K, K], summed in float64."""
+    total = np.zeros((len(rows), len(rows)))
+    for at in range(0, rows.shape[1], _CHUNK):
+        part = rows[:, at : at + _CHUNK].astype(np.float64)
+        total += part @ part.T
+    return total
+
+
+def distances(products: Matrix) -> Matrix:
+    """Squared distances between rows, from their Gram matrix."""
+    squares = np.diag(products)
+    return np.maximum(squares[:, None] + squares[None, :] - 2.0 * products, 0.0)
+
+
+def mix(rows: Rows, shares: Matrix) -> NDArray[np.float32]:
+    """The sum of `shares[i]` times row i, shape [p]. Rows with a share of 0 are not looked at."""
+    used = np.flatnonzero(shares)
+    out = np.zeros(rows.shape[1], np.float32)
+    for at in range(0, len(out), _CHUNK):
+        part = rows[used, at : at + _CHUNK].astype(np.float64)
+        out[at : at + _CHUNK] = shares[used] @ part
+    return out
+
+
+def trimmed_mean(rows: Rows, liars: int) -> NDArray[np.float32]:
+    """In each coordinate the mean of what is left without the `liars` smallest and largest values."""
+    check_liars(len(rows), liars)
+    out = np.empty(rows.shape[1], np.float32)
+    for at in range(0, len(out), _CHUNK):
+        part = np.sort(rows[:, at : at + _CHUNK], axis=0)
+        out[at : at + _CHUNK] = part[liars : len(rows) - liars].mean(axis=0, dtype=np.float64)
+    return out
+
+
+def multi_krum(rows: Rows, liars: int) -> NDArray[np.float32]:
+    """The mean of the K - f rows whose K - f - 2 nearest neighbours are nearest."""
+    check_liars(len(rows), liars)
+    return mix(rows, krum_shares(gram(rows), liars))
+
+
+def krum_shares(products: Matrix, liars: int) -> Matrix:
+    """Each row's share under MultiKrum; ties go to whoever is nearer to all others."""
+    count = len(products)
+    apart = distances(products)
+    near = max(1, count - liars - 2)
+    ordered = np.sort(apart, axis=1)[:, 1 : near + 1] if count > 1 else np.zeros((1, 1))
+    order = np.lexsort((np.diag(products), apart.sum(axis=1), ordered.sum(axis=1)))
+    kept = order[: count - liars]
+    shares = np.zeros(count)
+    shares[kept] = 1.0 / len(kept)
+    return shares
+
+
+def geometric_median(rows: Rows, liars: int, *, steps: int = 64) -> NDArray[np.float32]:
+    """The point with the least sum of distances to all rows: Weiszfeld's iteration, smoothed."""
+    check_liars(len(rows), liars)
+    return mix(rows, median_shares(gram(rows), steps))
+
+
+def median_shares(products: Matrix, steps: int) -> Matrix:
+    """Each row's share in the geometric median."""
+    count = len(products)
+    shares = np.full(count, 1.0 / count)
+    squares = np.diag(products)
+    smooth = 1e-6 * float(np.sqrt(np.median(distances(products)))) + _TINY
+    for _ in range(steps):
+        inner = products @ shares
+        apart = np.sqrt(np.maximum(squares - 2.0 * inner + shares @ inner, 0.0))
+        fresh = 1.0 / np.maximum(apart, smooth)
+        fresh /= fresh.sum()
+        moved = float(np.abs(fresh - shares).max())
+        shares = fresh
+        if moved < 1e-9:
+            break
+    return shares
+
+
+def flag(rows: Rows, liars: int, *, steps: int = 20, pairs: float = 1.0) -> NDArray[np.float32]:
+    """The mean of the rows, projected on the subspace that most rows agree on.
+
+    That subspace, of dimension ceil((K + 1) / 2), minimises the sum of the sines between it and the rows, and
+    `pairs` / (K - 1) times those between it and the rows' differences; found by reweighted least squares,
+    which here needs the Gram matrix only. Rows longer than the median are first shortened to it, so that the
+    result is never longer than an honest row (that is not in the paper, which bounds no lengths).
+    """
+    check_liars(len(rows), liars)
+    return mix(rows, flag_shares(gram(rows), steps, pairs))
+
+
+def flag_shares(products: Matrix, steps: int, pairs: float) -> Matrix:
+    """Each row's coefficient in the Flag Aggregator's result."""
+    count = len(products)
+    lengths = np.sqrt(np.diag(products))
+    bound = float(np.sort(lengths)[(count - 1) // 2])
+    clip = np.minimum(1.0, bound / np.maximum(lengths, _TINY))
+    within = products * clip[:, None] * clip[None, :]
+    mean = np.full(count, 1.0 / count)
+    if bound <= _TINY:
+        return mean * clip
+    spread, weights = _columns(within, pairs)
+    found = np.ones(spread.shape[1])
+    size = min(count, (count + 2) // 2)
+    basis = np.zeros((count, 0))
+    for _ in range(steps):
+        scaled = spread * np.sqrt(weights * found)
+        values, vectors = np.linalg.eigh(scaled.T @ within @ scaled)
+        kept = np.flatnonzero(values > _TINY * max(1.0, float(values[-1])))[-size:]
+        basis = scaled @ vectors[:, kept] / np.sqrt(values[kept])
+        inside = np.minimum(((basis.T @ within @ spread) ** 2).sum(axis=0), 1.0)
+        fresh = 1.0 / np.sqrt(np.maximum(1.0 - inside, 1e-6))
+        moved = float(np.abs(fresh - found).max() / fresh.max())
+        found = fresh
+        if moved < 1e-6:
+            break
+    result: Matrix = (basis @ (basis.T @ within @ mean)) * clip
+    return result
+
+
+def _columns(within: Matrix, pairs: float) -> tuple[Matrix, Matrix]:
+    """Rows and their differences as unit vectors, in coefficients of the rows [K, columns], and weights."""
+    count = len(within)
+    firsts, seconds = np.triu_indices(count, 1)
+    differences = np.zeros((count, len(firsts)))
+    differences[firsts, np.arange(len(firsts))] = 1.0
+    differences[seconds, np.arange(len(firsts))] = -1.0
+    spread = np.concatenate([np.eye(count), differences], axis=1)
+    share = pairs / max(1, count - 1)
+    weights = np.concatenate([np.ones(count), np.full(len(firsts), share)])
+    lengths = np.sqrt(np.maximum(np.einsum("ij,ik,kj->j", spread, within, spread), 0.0))
+    is_there = lengths > 1e-9 * max(float(lengths.max()), _TINY)
+    return spread[:, is_there] / lengths[is_there], weights[is_there]
+
+
+def check_liars(count: int, liars: int) -> None:
+    """Raise `LocalProtocolError` where so many liars among `count` cannot be told from honest ones."""
+    if liars < 0 or 2 * liars >= count:
+        raise LocalProtocolError(f"{liars} liars among {count} updates: fewer than half can be borne")
