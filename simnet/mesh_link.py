@@ -14,8 +14,18 @@ if TYPE_CHECKING:
     from mycel.simnet.mesh_node import SimMesh
 
 
+Act = tuple[Callable[..., object], tuple[Any, ...]]
+"""What happens at the other end, and with which arguments."""
+
+
 class Way:
-    """What goes from one node to another over one connection: in order, after latency and bandwidth."""
+    """What goes from one node to another over one connection: in order, after latency and bandwidth.
+
+    What arrives at one moment arrives as one event, as a packet would: a question and its end, or a credit,
+    an answer and its end.
+    """
+
+    __slots__ = ("_free_at", "_held", "_last_arrival", "_leaving", "_source", "_target", "_world")
 
     def __init__(self, source: SimMesh, target: SimMesh) -> None:
         self._world = source.world
@@ -23,7 +33,9 @@ class Way:
         self._target = target.peer_id
         self._free_at = 0.0
         self._last_arrival = 0.0
-        self._held: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._leaving: list[Act] | None = None
+        """The latest packet, until it arrives."""
+        self._held: list[Act] | None = None
 
     @property
     def is_blocked(self) -> bool:
@@ -32,28 +44,38 @@ class Way:
 
     def carry(self, size: int, act: Callable[..., object], *args: Any) -> None:
         """Call `act(*args)` at the other end; `size` bytes take their time on the link."""
-        self._world.bytes_carried += size
-        self._free_at = max(trio.current_time(), self._free_at) + size / self._world.options.bytes_per_s
-        arrival = self._free_at + self._world.latency(self._source, self._target)
+        world = self._world
+        world.bytes_carried += size
+        self._free_at = max(trio.current_time(), self._free_at) + size / world.options.bytes_per_s
+        arrival = self._free_at + world.latency(self._source, self._target)
+        if self._leaving is not None and arrival <= self._last_arrival:
+            self._leaving.append((act, args))
+            return
         self._last_arrival = max(self._last_arrival, arrival)
-        self._world.timeline.at(self._last_arrival, self._arrive, act, args)
+        self._leaving = [(act, args)]
+        world.timeline.at(self._last_arrival, self._arrive, self._leaving)
 
-    def _arrive(self, act: Callable[..., object], args: tuple[Any, ...]) -> None:
-        if self._held or self.is_blocked:
-            self._held.append((act, args))
-        else:
+    def _arrive(self, packet: list[Act]) -> None:
+        if packet is self._leaving:
+            self._leaving = None
+        if self._held is not None or self.is_blocked:
+            self._held = [*(self._held or ()), *packet]
+            return
+        for act, args in packet:
             act(*args)
 
     def release(self) -> None:
         """Deliver what a cut held back, in order, as retransmissions would."""
-        if not self.is_blocked:
-            held, self._held = self._held, []
+        if self._held is not None and not self.is_blocked:
+            held, self._held = self._held, None
             for act, args in held:
                 act(*args)
 
 
 class ConnectionEnd:
     """One node's end of a connection, and its streams."""
+
+    __slots__ = ("_cuts", "_next_id", "_open", "_out", "_streams", "inbound", "node", "other")
 
     def __init__(self, node: SimMesh, out: Way, *, inbound: bool) -> None:
         self.node = node

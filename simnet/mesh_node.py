@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from mycel.protocol.mesh import (
     StreamTaker,
 )
 from mycel.simnet.mesh_link import ConnectionEnd, connect_ends
+from mycel.simnet.park import Park
 from mycel.simnet.stream import MeshStream
 
 if TYPE_CHECKING:
@@ -51,25 +53,74 @@ class PeerNews:
     """What one watcher has not read yet."""
 
     def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[PeerEvent](DEFAULT_LIMITS.events)
+        self._unread: deque[PeerEvent] = deque()
+        self._lagged = False
+        self._news = Park("news of peers")
 
     def put(self, event: PeerEvent) -> None:
-        """Add news; a watcher that lags too far behind is told so at its next read."""
-        try:
-            self._send.send_nowait(event)
-        except (trio.WouldBlock, trio.ClosedResourceError):
-            self._send.close()
+        """Add news; a watcher that lags too far behind is told so once it has read what there is."""
+        if self._lagged or len(self._unread) >= DEFAULT_LIMITS.events:
+            self._lagged = True
+        else:
+            self._unread.append(event)
+        self._news.wake()
 
     def __aiter__(self) -> PeerNews:
         return self
 
     async def __anext__(self) -> PeerEvent:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
+        if self._unread:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        elif self._lagged:
             raise LimitExceeded(
                 f"this watcher fell more than limits.events = {DEFAULT_LIMITS.events} peer events behind"
-            ) from None
+            )
+        else:
+            await self._news.wait()
+        return self._unread.popleft()
+
+
+class Dial:
+    """One handshake on its way: so many round trips, each of which a cut may hold up or a death end."""
+
+    def __init__(self, source: SimMesh, target: SimMesh) -> None:
+        self._source = source
+        self._target = target
+        self._left = CONNECT_ROUND_TRIPS
+        self._over = Park("a handshake")
+        self._stands = False
+
+    async def run(self) -> bool:
+        """Spend the round trips. False when either end died meanwhile."""
+        self._step()
+        try:
+            await self._over.wait()
+        finally:
+            self._left = 0
+        return self._stands
+
+    def _step(self) -> None:
+        world = self._source.world
+        if world.is_blocked(self._source.peer_id, self._target.peer_id):
+            world.timeline.after(RETRANSMIT_S, self._again)  # the deadline of the dial ends it
+        else:
+            round_trip = 2 * world.latency(self._source.peer_id, self._target.peer_id)
+            world.timeline.after(round_trip, self._arrived)
+
+    def _again(self) -> None:
+        if self._left:
+            self._step()
+
+    def _arrived(self) -> None:
+        if not self._left:
+            return
+        self._left -= 1
+        alive = self._source.is_alive and self._target.is_alive
+        if alive and self._left:
+            self._step()
+        else:
+            self._stands = alive
+            self._over.wake()
 
 
 class SimMesh:
@@ -88,10 +139,11 @@ class SimMesh:
             base58.b58encode(PEER_ID_PREFIX + hashlib.sha256(self._secret).digest()).decode()
         )
         self._random = random.Random(seed)
-        self._listen = Multiaddr(f"/ip4/{self.host}/tcp/{PORT}/p2p/{self._peer_id}")
+        self._listen = (Multiaddr(f"/ip4/{self.host}/tcp/{PORT}/p2p/{self._peer_id}"),)
         self._ends: dict[PeerId, ConnectionEnd] = {}
         self._peers: dict[PeerId, PeerInfo] = {}
         self._handlers: dict[str, tuple[StreamHandler, Access]] = {}
+        self._protocols: tuple[str, ...] = ()
         self._takers: dict[str, StreamTaker] = {}
         self._watchers: dict[int, PeerNews] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -113,9 +165,9 @@ class SimMesh:
         return self._peers
 
     @property
-    def listen_addrs(self) -> Sequence[Multiaddr]:
+    def listen_addrs(self) -> tuple[Multiaddr, ...]:
         """See `Mesh.listen_addrs`."""
-        return (self._listen,)
+        return self._listen
 
     @property
     def is_alive(self) -> bool:
@@ -148,15 +200,8 @@ class SimMesh:
 
     async def _dial(self, node: SimMesh) -> bool:
         """Spend the handshake's round trips. False when the other end died meanwhile."""
-        steps = CONNECT_ROUND_TRIPS
-        while steps:
-            if self.world.is_blocked(self._peer_id, node.peer_id):
-                await trio.sleep(RETRANSMIT_S)  # the deadline of the dial ends it
-                continue
-            await trio.sleep(2 * self.world.latency(self._peer_id, node.peer_id))
-            if not (node.is_alive and self.is_alive):
-                return False
-            steps -= 1
+        if not await Dial(self, node).run():
+            return False
         if node.peer_id not in self._peers:
             connect_ends(self, node)
         return True
@@ -181,6 +226,7 @@ class SimMesh:
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
         self._handlers[protocol] = (handler, access)
+        self._protocols = tuple(self._handlers)
         self._tell_protocols()
 
     def stop_serving(self, protocol: str) -> None:

@@ -41,6 +41,23 @@ class StreamEnd(Protocol):
 class MeshStream:
     """One end of a simulated stream. See `mycel.protocol.mesh.Stream`."""
 
+    __slots__ = (
+        "_closed",
+        "_credit",
+        "_credits_itself",
+        "_end",
+        "_eof_sent",
+        "_id",
+        "_inbox",
+        "_part",
+        "_receiver",
+        "_send_error",
+        "_sending",
+        "_writable",
+        "peer",
+        "protocol",
+    )
+
     def __init__(self, end: StreamEnd, stream_id: int, peer: PeerId, protocol: str, window: int) -> None:
         self.peer = peer
         self.protocol = protocol
