@@ -70,6 +70,10 @@ class Config:
     """Multiaddrs (each ending in /p2p/ID) of relays outside the swarm, to be reached through where too few
     members relay and this node cannot be called. Any libp2p relay (circuit v2) will do."""
 
+    foreign_protocols: tuple[str, ...] = ()
+    """Further protocols to serve to anybody: /ipfs/kad/1.0.0, libp2p's own Kademlia. Then whoever can dial
+    this node may ask it, and it asks them; members' addresses and records are no secret then."""
+
     bootstrap: tuple[str, ...] = ()
     """Further multiaddrs (each ending in /p2p/ID) to dial besides those in the ticket. Useful when the
     machine that issued the ticket has moved."""
@@ -189,6 +193,8 @@ class Config:
         for name in ("relays", "bootstrap"):
             for addr in getattr(self, name):
                 _check("/p2p/" in addr, name, addr, "a multiaddr that ends in /p2p/PEER_ID")
+        for name in self.foreign_protocols:
+            _check(name in FOREIGN, "foreign_protocols", name, f"one of {', '.join(FOREIGN)}")
         host, port = split_host_port(self.api)
         if not is_loopback(host) and not self.api_token:
             raise ConfigError(
@@ -234,6 +240,7 @@ class Config:
         )
 
 
+FOREIGN = ("/ipfs/kad/1.0.0",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")

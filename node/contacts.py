@@ -108,6 +108,10 @@ class Contacts:
         if contact is not None:
             contact.held_until = until
 
+    def holds(self, peer: PeerId) -> bool:
+        """Whether this node wants to be connected with `peer`."""
+        return peer in self._table
+
     def idle(self) -> Sequence[Contact]:
         """Contacts that could be dialled, in the order in which they were learnt of."""
         return [one for one in self._table.values() if self._is_idle(one)]

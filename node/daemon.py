@@ -8,6 +8,7 @@
     stages      this node's layers at work for everybody
     generator   sessions that this node owns
     gather      dials contacts, learns of more
+    discovery   Kademlia: who is where, small records, who provides what
     lender      stages by the owner's order
     assigner    stages by the swarm's need
 
@@ -38,6 +39,7 @@ from mycel.dht.board import PushBoard
 from mycel.node.assign import Assigner
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
+from mycel.node.discovery import Discovery
 from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lapse import end_lapsed
@@ -108,7 +110,9 @@ async def run(
     assigner = Assigner(config, lender, generator, board, host.peer_id)
     gather = Gather(host, rpc, contacts, papers.memory)
     reach = Reach(config, outward, host, contacts, gather)
-    node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach)
+    discovery = Discovery(config, host, contacts, gather, reach, papers.memory)
+    node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
+                discovery)  # fmt: skip
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
@@ -118,6 +122,7 @@ async def run(
         await nursery.start(stages.run)
         await nursery.start(generator.run)
         await nursery.start(gather.run)
+        await nursery.start(discovery.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
         nursery.start_soon(end_lapsed, membership, host)
         nursery.start_soon(_lend, config, lender, assigner)

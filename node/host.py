@@ -135,6 +135,11 @@ class Host:
         """Streams now, over all connections."""
         return sum(link.channels for link in self._links)
 
+    def streams_with(self, peer: PeerId) -> int:
+        """Streams now between this node and `peer`."""
+        peering = self._roster.get(peer)
+        return sum(link.channels for link in peering.links) if peering is not None else 0
+
     # Running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

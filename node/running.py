@@ -15,6 +15,7 @@ from mycel.compute.infer.request import ModelStatus, Report
 from mycel.compute.infer.serve import StageServer
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
+from mycel.node.discovery import Discovery
 from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lend import Lender
@@ -73,6 +74,7 @@ class Node:
     gather: Gather
     lender: Lender
     reach: Reach
+    discovery: Discovery
     began: float = field(default_factory=trio.current_time)
     api: str = ""
     """Base URL of the HTTP API once it listens."""

@@ -53,6 +53,7 @@ class Asker:
 
     def __init__(self, mesh: Mesh, table: Table, protocols: tuple[str, ...], limits: KadLimits) -> None:
         self._mesh = mesh
+        self.own = mesh.peer_id
         self._table = table
         self._protocols = protocols
         self._limits = limits

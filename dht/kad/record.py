@@ -8,8 +8,8 @@ key. The value that travels in a libp2p record is a msgpack array
 
 `expires` in milliseconds since 1970. A value too large for that is a block (`mycel.dht.kad.large`): then 2
 stands first, and the value says which block. What is signed is a domain, the name and the first four, each
-behind its length, so that a signature made here is worth nothing elsewhere. Of two records of one name the higher
-sequence is newer; the author who signs the same value anew keeps the sequence and moves the expiry.
+behind its length, so that a signature made here is worth nothing elsewhere. Of two records of one name the
+higher sequence is newer; the author who signs the same value anew keeps the sequence and moves the expiry.
 
 Pure: the calendar and the check of a signature come in.
 """

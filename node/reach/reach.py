@@ -69,6 +69,8 @@ class Reach:
         """What this node is to others, as last judged."""
         self.is_local = False
         """Whether only this machine can reach this node anyway."""
+        self.on_settled: Callable[[], None] = lambda: None
+        """Hears that it was decided anew; the verdict may be another one."""
         self.prober = Prober(
             host, network, self._judge, contacts, forwarded=self.forwarded, changed=self.changed
         )
@@ -142,6 +144,7 @@ class Reach:
         if here != self._here:
             self._here = here
             self.upgrade.network_changed()
+        self.on_settled()
 
     def _relays_wanted(self) -> int:
         if self.is_local or self.verdict.kind is Kind.PUBLIC:
