@@ -12,7 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "numpy", "libp2p", "pytest")
-TENSOR_SIDE = ("compute/model", "compute/inline.py", "compute/worker_main.py", "compute/worker_serve.py")
+TENSOR_SIDE = (
+    "compute/model",
+    "compute/inline.py",
+    "compute/worker_main.py",
+    "compute/worker_serve.py",
+    "compute/train/apps/",
+)
+ARRAY_SIDE = ("compute/collective/", "compute/train/")
+"""Loaded by the first job that needs it, not at the start."""
 
 
 def loaded_by(modules: list[str]) -> list[str]:
@@ -28,14 +36,16 @@ def loaded_by(modules: list[str]) -> list[str]:
     return found
 
 
-def daemon_modules() -> list[str]:
-    """Every module that may be loaded in a daemon's process."""
+def daemon_modules(*, arrays: bool) -> list[str]:
+    """Every module that may be loaded in a daemon's process: those that use arrays, or all others."""
     found = []
     for room in ("protocol", "dht", "compute", "node"):
         for folder, _, names in os.walk(ROOT / room):
             for name in sorted(names):
                 path = (Path(folder) / name).relative_to(ROOT).as_posix()
-                if path.endswith(".py") and not path.startswith(TENSOR_SIDE) and name != "__main__.py":
+                if not path.endswith(".py") or path.startswith(TENSOR_SIDE) or name == "__main__.py":
+                    continue
+                if path.startswith(ARRAY_SIDE) == arrays:
                     found.append(
                         "mycel." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                     )
@@ -48,9 +58,13 @@ def test_importing_the_front_door_loads_nothing_heavy(module: str) -> None:
 
 
 def test_no_module_of_the_daemon_loads_anything_heavy() -> None:
-    modules = daemon_modules()
+    modules = daemon_modules(arrays=False)
     assert "mycel.protocol.ticket" in modules
     assert loaded_by(modules) == []
+
+
+def test_what_adds_up_arrays_loads_numpy_and_nothing_heavier() -> None:
+    assert loaded_by(daemon_modules(arrays=True)) == ["numpy"]
 
 
 def test_the_check_would_notice() -> None:

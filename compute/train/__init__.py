@@ -1,0 +1,1 @@
+"""Training together: DiLoCo among equals, and federated rounds where the data stay home."""
