@@ -365,3 +365,43 @@ class BlockLimits:
 
 
 DEFAULT_BLOCK_LIMITS = BlockLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLimits:
+    """Bounds of bulk bytes between peers (`mycel.protocol.lane`)."""
+
+    lanes: int = 2
+    """Sockets towards one peer. More fill a long line better, and each costs a thread at both ends."""
+
+    chunk_bytes: int = 1 * MIB
+    """Items of an array that travel and are sealed together: one call of the cipher, one of the socket; what
+    stays of it in a core's cache is added there."""
+
+    small_bytes: int = 32 * KIB
+    """What is no longer than this travels on the connection's own streams, and is put together at one
+    member instead of around the ring."""
+
+    text_bytes: int = 4 * KIB
+    """What a control frame says: the description of an operation, why one was given up."""
+
+    early: int = 1024
+    """Control frames kept of operations that did not begin here yet; the oldest go."""
+
+    stock_bytes: int = 1024 * MIB
+    """Working memory kept between operations, so that the next finds its pages in place..."""
+
+    residuals: int = 256
+    """...and tags whose quantization errors are remembered."""
+
+    progress_s: float = 5.0
+    """An attempt that moved nothing for so long has failed: a quarter of a MiB in it is 400 kbit/s."""
+
+    setup_s: float = 5.0
+    """From the wish for lanes to lanes: a call, a dial and a hello."""
+
+    retry_s: float = 30.0
+    """Before lanes to a peer that could not be reached directly are tried again."""
+
+
+DEFAULT_LANE_LIMITS = LaneLimits()

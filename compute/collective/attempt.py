@@ -60,6 +60,8 @@ class Rule:
     """One of `OPS`; `broadcast` and `all_gather` do not look at it."""
     codec: str | None = None
     """How items travel: None as they are, "int8" or "int4" quantized in blocks."""
+    feedback: bool = False
+    """Whether `all_reduce` adds what the codec lost of this tag's last operation to the next one."""
 
 
 class AttemptFailed(MycelError):

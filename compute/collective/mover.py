@@ -1,0 +1,384 @@
+"""Carries out the attempts of a group: `mycel.compute.collective.attempt.Mover` over any `Lanes`.
+
+An attempt is registered, its sources are told READY, and what may be sent is sent to each target as soon as
+that is ready too. From then on the threads of the lanes do everything (`Operation.work`), and trio's thread
+sleeps until the last piece is in its place: one wake-up for an operation, not one for a chunk.
+
+An attempt fails when a peer that it needs is lost, gives up (GONE), sends what it should not, or when
+nothing moved for `LaneLimits.progress_s`. Whoever fails says GONE to its neighbours with the peer it suspects,
+so that a failure goes around the ring in a few round trips instead of a deadline at each member.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import trio
+
+from mycel.compute.collective.arithmetic import is_finite
+from mycel.compute.collective.attempt import (
+    Array,
+    Attempt,
+    AttemptFailed,
+    InputRefused,
+    Rule,
+    Staged,
+    part_of,
+)
+from mycel.compute.collective.early import Early, read_gone, write_gone
+from mycel.compute.collective.operation import Operation, Untrue
+from mycel.compute.collective.plan import Plan, Task, draw_plan
+from mycel.compute.collective.residual import Residuals
+from mycel.compute.collective.ring import Kind
+from mycel.compute.collective.stock import Stock
+from mycel.protocol.errors import ConnectionLost, LocalProtocolError, MycelError
+from mycel.protocol.lane import GONE, PART, READY, Body, Head, Lanes, Parcel
+from mycel.protocol.limits import DEFAULT_LANE_LIMITS, LaneLimits
+from mycel.protocol.mesh import Mesh, PeerDown, PeerId
+
+if TYPE_CHECKING:
+    from trio._core._run import TaskStatus
+
+LOOKS = 4
+"""So often within the progress deadline it is looked whether anything moved."""
+
+
+def _nothing() -> None:
+    """What there is to do where nothing is."""
+
+
+class _Run:
+    """An attempt under way, or done and held back."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self.over = trio.Event()
+        self.failure: MycelError | None = None
+        self.hint = ""
+        course, places = operation.course, operation.places
+        self.members = [peer for peer in places if peer != operation.plan.own]
+        self.sources = [places[place] for place in course.sources]
+        self.targets = [places[place] for place in course.targets]
+        self.neighbours = list(dict.fromkeys(self.sources + self.targets))
+        self._turn = threading.Lock()
+        self._waiting = {places[place]: operation.first(place) for place in course.targets}
+
+    def place_of(self, peer: PeerId) -> int | None:
+        """Where `peer` stands in the ring, None for no member."""
+        places = self.operation.places
+        return places.index(peer) if peer in places else None
+
+    @property
+    def unready(self) -> list[PeerId]:
+        """Targets that did not say that they take parts."""
+        return list(self._waiting)
+
+    def release(self, peer: PeerId) -> list[Parcel]:
+        """`peer` takes parts: what waited for that."""
+        with self._turn:
+            return self._waiting.pop(peer, [])
+
+    def now_or_later(self, parcel: Parcel) -> bool:
+        """Whether `parcel` can be sent now; it is kept until its peer is ready otherwise."""
+        with self._turn:
+            waiting = self._waiting.get(parcel.peer)
+            if waiting is None:
+                return True
+            waiting.append(parcel)
+            return False
+
+
+class _Held:
+    """A `Staged` result."""
+
+    def __init__(self, keep: Callable[[], None], drop: Callable[[], None]) -> None:
+        self._keep = keep
+        self._drop = drop
+
+    def keep(self) -> None:
+        """See `Staged.keep`."""
+        self._keep()
+
+    def drop(self) -> None:
+        """See `Staged.drop`."""
+        self._drop()
+
+
+class RingMover:
+    """`Mover` around rings, and through a star for what is small. `run` must be running while it is used.
+
+    `nonfinite`: what is done with items that are infinite or not a number where no codec refuses them anyway.
+    "propagate" puts them together as IEEE 754 does, "refuse" raises `InputRefused` at whoever has them.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        lanes: Lanes,
+        *,
+        limits: LaneLimits = DEFAULT_LANE_LIMITS,
+        nonfinite: Literal["propagate", "refuse"] = "propagate",
+    ) -> None:
+        self._mesh = mesh
+        self._lanes = lanes
+        self._limits = limits
+        self._nonfinite = nonfinite
+        self._stock = Stock(limits.stock_bytes)
+        self._runs: dict[bytes, _Run] = {}
+        self._early = Early(limits.early)
+        self._residuals = Residuals(self._stock, limits.residuals)
+        self._thread = threading.get_ident()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self.strays = 0
+        """Parts that came for no operation of this node, so far."""
+        lanes.attach(self)
+
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Watch peers go until cancelled."""
+        self._thread = threading.get_ident()
+        self._token = trio.lowlevel.current_trio_token()
+        async with self._mesh.events() as events:
+            task_status.started()
+            async for event in events:
+                if isinstance(event, PeerDown):
+                    self.lost(
+                        event.peer, f"the connection to {event.peer} ended: {event.text or event.reason}"
+                    )
+
+    # Mover
+
+    async def all_reduce(self, attempt: Attempt, array: Array, rule: Rule) -> Staged:
+        """See `Mover.all_reduce`."""
+        plan = self._plan(Task(Kind.REDUCE, attempt, rule, array.size))
+        self._check_input(rule, array)
+        if plan is None:
+            return _Held(_nothing, _nothing)
+        if not rule.feedback or plan.codec is None:
+            return await self._carry_out(Operation(plan, array, array, self._stock))
+        residual = self._residuals.borrow((attempt.group, attempt.tag, array.size))
+        return await self._carry_out(
+            Operation(plan, array, array, self._stock, residual),
+            on_keep=partial(self._residuals.keep, residual),
+            on_drop=partial(self._residuals.drop, residual),
+        )
+
+    async def reduce_scatter(self, attempt: Attempt, array: Array, part: Array, rule: Rule) -> Staged:
+        """See `Mover.reduce_scatter`."""
+        plan = self._plan(Task(Kind.SCATTER, attempt, rule, array.size))
+        self._check_input(rule, array)
+        own = part_of(array.size, len(attempt.order), attempt.index(self._mesh.peer_id))
+        if plan is None:
+            return _Held(partial(np.copyto, part, array[own]), _nothing)
+        scratch = self._stock.take(array.nbytes)
+        work = scratch.view(array.dtype)
+
+        def keep() -> None:
+            part[...] = work[own]
+            self._stock.give(scratch)
+
+        operation = Operation(plan, array, work, self._stock)
+        return await self._carry_out(operation, on_keep=keep, on_drop=partial(self._stock.give, scratch))
+
+    async def all_gather(self, attempt: Attempt, part: Array, whole: Array, rule: Rule) -> Staged:
+        """See `Mover.all_gather`."""
+        plan = self._plan(Task(Kind.GATHER, attempt, rule, whole.size))
+        self._check_input(rule, part)
+        if plan is None:
+            return _Held(partial(np.copyto, whole, part), _nothing)
+        own = part_of(whole.size, len(attempt.order), attempt.index(self._mesh.peer_id))
+        operation = Operation(plan, whole, whole, self._stock)
+        return await self._carry_out(operation, begin=partial(operation.place_own, part, own.start))
+
+    async def broadcast(self, attempt: Attempt, array: Array, root: PeerId, rule: Rule) -> Staged:
+        """See `Mover.broadcast`."""
+        plan = self._plan(Task(Kind.BROADCAST, attempt, rule, array.size, root))
+        if plan is None:
+            return _Held(_nothing, _nothing)
+        operation = Operation(plan, array, array, self._stock)
+        if root != self._mesh.peer_id:
+            return await self._carry_out(operation)
+        self._check_input(rule, array)
+        return await self._carry_out(operation, begin=partial(operation.place_own, array, 0))
+
+    async def abandon(self, attempt: Attempt) -> None:
+        """See `Mover.abandon`. What comes of an attempt that is not under way is thrown away anyhow."""
+        for run in list(self._runs.values()):
+            if run.operation.plan.task.attempt == attempt:
+                self._settle(run, AttemptFailed(None, "the attempt was abandoned"))
+        await trio.lowlevel.checkpoint()
+
+    def _plan(self, task: Task) -> Plan | None:
+        """How to go about `task`; None where there is nobody to go about it with, or nothing."""
+        own = self._mesh.peer_id
+        if own not in task.attempt.order:
+            raise LocalProtocolError(f"{own} is no member of {task.attempt}")
+        plan = draw_plan(task, tuple(range(len(task.attempt.order))), self._limits, own)
+        return plan if len(plan.circle) > 1 and task.items else None
+
+    def _check_input(self, rule: Rule, array: Array) -> None:
+        if self._nonfinite == "refuse" and not is_finite(rule.dtype, array):
+            raise InputRefused(
+                "an item is infinite or not a number; skip the step, or let such items through"
+            )
+
+    async def _carry_out(
+        self,
+        operation: Operation,
+        *,
+        begin: Callable[[], None] = _nothing,
+        on_keep: Callable[[], None] = _nothing,
+        on_drop: Callable[[], None] = _nothing,
+    ) -> Staged:
+        digest = operation.digest
+        if digest in self._runs:
+            raise LocalProtocolError(f"{operation.plan.task.attempt} is under way at this node already")
+        run = self._runs[digest] = _Run(operation)
+
+        def drop() -> None:
+            del self._runs[digest]
+            operation.drop()
+            on_drop()
+
+        def keep() -> None:
+            del self._runs[digest]
+            operation.keep()
+            on_keep()
+
+        try:
+            begin()
+            await self._begin(run)
+            await self._wait(run)
+        except BaseException as error:  # why: a cancelled attempt leaves nothing behind either; raised again
+            drop()
+            self._tell_gone(run, error)
+            raise
+        return _Held(keep, drop)
+
+    async def _begin(self, run: _Run) -> None:
+        operation = run.operation
+        if not operation.missing:
+            self._settle(run, None)
+        for peer in run.members:
+            if peer not in self._mesh.peers:
+                raise AttemptFailed(peer, f"{peer} is not connected")
+        ready = Head(operation.digest, READY, length=len(operation.plan.describe()))
+        for peer in run.sources:
+            self._lanes.tell(peer, ready, operation.plan.describe())
+        for peer in run.neighbours:
+            for kind, body in self._early.pop(peer, operation.digest):
+                self._on_control(peer, Head(operation.digest, kind), body)
+        self._look_for_others(run)
+        if not operation.plan.is_star:
+            for peer in run.targets:
+                try:
+                    await self._lanes.reach(peer)
+                except ConnectionLost as error:
+                    raise AttemptFailed(peer, str(error)) from None
+
+    async def _wait(self, run: _Run) -> None:
+        """Until the last piece is in its place. Raises what the attempt failed with."""
+        pause = self._limits.progress_s / LOOKS
+        seen, still = -1, 0
+        while not run.over.is_set():
+            with trio.move_on_after(pause):
+                await run.over.wait()
+            moved = sum(self._lanes.moved(peer) for peer in run.sources) - run.operation.missing
+            still = still + 1 if moved == seen else 0
+            seen = moved
+            if still >= LOOKS and not run.over.is_set():
+                self._settle(run, self._stalled(run))
+        if run.failure is not None:
+            raise run.failure
+
+    def _stalled(self, run: _Run) -> AttemptFailed:
+        seconds = self._limits.progress_s
+        if run.unready:
+            peer = run.unready[0]
+            return AttemptFailed(peer, f"{peer} did not begin within {seconds:g} s{run.hint}")
+        peer = run.sources[0]
+        return AttemptFailed(peer, f"nothing came from {peer} for {seconds:g} s{run.hint}")
+
+    # Taker
+
+    def take(self, peer: PeerId, head: Head, body: Body) -> None:
+        """See `Taker.take`."""
+        if head.kind != PART:
+            self._on_control(peer, head, bytes(body.open()))
+            return
+        run = self._runs.get(head.op)
+        place = None if run is None else run.place_of(peer)
+        if run is None or place is None or not run.operation.gate.enter():
+            self.strays += 1
+            return
+        operation = run.operation
+        try:
+            piece = operation.expect(place, head)
+            parcels = [] if piece is None else operation.work(piece, body)
+        except Untrue as error:
+            self._in_trio(partial(self._settle, run, AttemptFailed(peer, f"{peer} sent {error}")))
+            return
+        except InputRefused as error:
+            self._in_trio(partial(self._settle, run, error))
+            return
+        finally:
+            operation.gate.leave()
+        for parcel in parcels:
+            if run.now_or_later(parcel):
+                self._lanes.send(parcel)
+        if not operation.missing:
+            self._in_trio(partial(self._settle, run, None))
+
+    def lost(self, peer: PeerId, why: str) -> None:
+        """See `Taker.lost`: attempts that need `peer` fail at once."""
+        for run in list(self._runs.values()):
+            if peer in run.members:
+                self._settle(run, AttemptFailed(peer, why))
+
+    def _in_trio(self, action: Callable[[], None]) -> None:
+        """Do it in trio's thread: now when this is it, soon otherwise, never when trio is gone."""
+        if threading.get_ident() == self._thread or self._token is None:
+            action()
+            return
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(action)
+
+    def _settle(self, run: _Run, failure: MycelError | None) -> None:
+        if not run.over.is_set():
+            run.failure = failure
+            run.over.set()
+
+    def _on_control(self, peer: PeerId, head: Head, body: bytes) -> None:
+        run = self._runs.get(head.op)
+        if run is None:
+            self._early.add(peer, head.op, head.kind, body)
+            for other in list(self._runs.values()):
+                self._look_for_others(other)
+            return
+        if head.kind == READY:
+            for parcel in run.release(peer):
+                self._lanes.send(parcel)
+            return
+        suspect, why = read_gone(body)
+        self._settle(run, AttemptFailed(suspect or peer, f"{peer} gave the attempt up: {why}"))
+
+    def _look_for_others(self, run: _Run) -> None:
+        """Whether a neighbour of `run` is at something else under the same name."""
+        for peer in run.neighbours:
+            for description in self._early.descriptions(peer):
+                said = run.operation.plan.compare(description)
+                if said and said.is_same_attempt:
+                    self._settle(run, AttemptFailed(peer, f"{peer} holds another array: {said.text}"))
+                elif said:
+                    run.hint = f"; it {said.text}"
+
+    def _tell_gone(self, run: _Run, error: BaseException) -> None:
+        suspect = error.peer if isinstance(error, AttemptFailed) else self._mesh.peer_id
+        why = str(error) or type(error).__name__
+        body = write_gone(suspect, why)
+        for peer in run.neighbours:
+            self._lanes.tell(peer, Head(run.operation.digest, GONE, length=len(body)), body)
