@@ -123,7 +123,7 @@ class Discovery:
     async def find(self, peer: PeerId) -> tuple[str, ...]:
         """Where `peer` can be dialled, nothing where nobody knows. Raises `ValueError` for what is no id."""
         found = await place.find(self.kad, peer)
-        return () if found is None else tuple(dialable(found))
+        return () if found is None else tuple(dict.fromkeys(dialable(found)))
 
     async def connect(self, peer: PeerId) -> None:
         """Be connected with a peer of whom no more is known than its id.

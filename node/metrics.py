@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 import mycel
+from mycel.dht.kad.service import Kademlia
 from mycel.node.reach.verdict import Kind
 from mycel.node.running import Node
 
@@ -70,6 +71,27 @@ def families(node: Node) -> Iterator[Family]:
     yield _counter("mycel_generations_total", "Generations owned that ended.", tally.generations)
     yield _counter("mycel_tokens_total", "Tokens generated for this node's clients.", tally.tokens)
     yield _counter("mycel_failovers_total", "Recoveries of those generations.", tally.failovers)
+    yield from _kademlia(node.discovery.kad)
+
+
+def _kademlia(kad: Kademlia) -> Iterator[Family]:
+    """What is found and kept beyond those in sight."""
+    yield _gauge("mycel_kad_answering", "Whether this node answers questions.", kad.is_serving)
+    yield _gauge("mycel_kad_peers", "Peers in the table.", len(kad.table))
+    yield _gauge("mycel_kad_records", "Records kept for others.", len(kad.answerer.records))
+    yield _gauge("mycel_kad_record_bytes", "Bytes of those records.", kad.answerer.records.size)
+    yield _gauge("mycel_kad_providers", "Who provides what, told by others.", len(kad.answerer.providers))
+    for start, label, text in (
+        ("question_", "kind", "Questions answered."),
+        ("refused_", "reason", "What peers sent and was refused."),
+    ):
+        found = {key.removeprefix(start): n for key, n in kad.counts.items() if key.startswith(start)}
+        yield _by(label, f"mycel_kad_{start.replace('question_', 'questions_')}total", text, found)
+    own = {key: kad.counts.get(key, 0) for key in ("puts", "puts_short", "gets", "gets_missed", "repaired")}
+    yield _by("what", "mycel_kad_own_total", "Puts and gets of this node, and what came of them.", own)
+    yield _counter("mycel_kad_asked_total", "Questions to others.", kad.asker.asked)
+    yield _counter("mycel_kad_unanswered_total", "Those without an answer.", kad.asker.unanswered)
+    yield _counter("mycel_kad_bytes_total", "Bytes of questions and answers.", kad.asker.bytes)
 
 
 def _gauge(name: str, text: str, value: float) -> Family:

@@ -23,8 +23,8 @@ NAME = "addrs"
 
 
 def write(addrs: Sequence[Multiaddr]) -> bytes:
-    """What to state."""
-    raw = [addr.to_bytes() for addr in addrs]
+    """What to state; `addrs` end in /p2p/ID each, as `Mesh.listen_addrs` has them, which is left out."""
+    raw = [Multiaddr(str(addr).rpartition("/p2p/")[0]).to_bytes() for addr in addrs]
     return msgspec.msgpack.encode([one for one in raw if len(one) <= ADDR_BYTES_MAX][:ADDRS_MAX])
 
 

@@ -17,6 +17,7 @@ from mycel.node import daemon
 from mycel.node.config import Config
 from mycel.node.daemon import Papers
 from mycel.node.host import Host
+from mycel.node.memory import Memory
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.relay_client import RelayClient
 from mycel.node.reach.relay_server import RelayServer
@@ -141,6 +142,19 @@ class Town:
         await network.machine.run(
             partial(daemon.run, config, network, InlineEngine, papers, task_status=task_status)
         )
+
+    def forward(self, home: str) -> Multiaddr:
+        """Let the router of `home` pass calls on to its port 4001, as an owner or UPnP would; where."""
+        inside = (self.net.machines[home].ips[0], 4001)
+        mapped = self.net.boxes[f"{home} box 0"].translator._map(inside, inside, trio.current_time())
+        return Multiaddr("/ip4/{}/tcp/{}".format(*mapped.outside))
+
+    async def again(self, node: Node, memory: Memory) -> Node:
+        """Start the program of `node`, which ended, anew: without addresses, with this memory alone."""
+        name = node.config.label
+        credentials = node.membership.credentials
+        papers = Papers(node.host._key, credentials, memory=memory)
+        return await self._start(SimNetwork(self.net.machines[name]), papers, {})
 
     async def until(self, holds: Callable[[], object], seconds: float = 60.0) -> None:
         """Return once `holds()` is true."""

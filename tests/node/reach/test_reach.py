@@ -149,21 +149,13 @@ def test_a_node_on_loopback_probes_nothing(town):
     town(scenario)
 
 
-def forward(t, home):
-    """Let the router of `home` pass calls on to its port 4001, as an owner or UPnP would; returns where."""
-    box = t.net.boxes[f"{home} box 0"]
-    inside = (t.net.machines[home].ips[0], 4001)
-    mapped = box.translator._map(inside, inside, trio.current_time())
-    return tcp_addr(*mapped.outside)
-
-
 def test_a_home_whose_router_forwards_a_port_becomes_public_and_stops_being_so(town):
     async def scenario(t):
         await t.found()
         await t.join("second")
         node = await t.join("home", "full cone")
         await t.until(lambda: len(node.reach.circuits.relays) == 2, 10)
-        outside = forward(t, "home")
+        outside = t.forward("home")
         node.reach.set_mapped([outside])
         await t.until(lambda: kind(node) is Kind.PUBLIC, 20)
         assert node.reach.verdict.addrs == (outside,)
@@ -186,7 +178,7 @@ def test_a_port_forwarded_without_a_word_is_found_by_a_knock(town):
         await t.found()
         await t.join("second")
         machine = t.net.add_site("home", "full cone")[0]
-        outside = forward(t, "home")
+        outside = t.forward("home")
         node = await t.settle(machine)
         await t.until(lambda: kind(node) is Kind.PUBLIC, 20)
         assert node.reach.verdict.addrs == (outside,)
