@@ -2,11 +2,12 @@
 
 Unless its owner turned it off, a node looks at the models that the swarm runs and
 
-- **takes** layers of each that it can find on this machine: in the folders that its config names, or on the
-  hub if that was allowed. A model is the same one only if its fingerprint is;
+- **takes** layers of each that it can find: in the folders that its config names, as blocks of members, or on
+  the hub if that was allowed. A model is the same one only if its fingerprint is;
 - **moves**: gives up layers that others hold too, for such as nobody holds, unless its owner named them;
 - **rescues** layers of a model that it serves already: when their last holder is gone, the survivors that
-  have memory left take them beside their own (`mycel.compute.infer.rescue` says who takes which).
+  have memory left take them beside their own (`mycel.compute.infer.rescue` says who takes which). Those that
+  have not the model's files but its blocks take part where somebody has the blocks of the missing layers.
 
 One load at a time: what a node takes changes what is missing.
 """
@@ -45,6 +46,7 @@ class Assigner:
     ) -> None:
         self._config = config
         self._lender = lender
+        self._catalog = lender.catalog
         self._generator = generator
         self._board = board
         self._me = me
@@ -88,11 +90,14 @@ class Assigner:
             return  # one at a time, and each model once
         self._not_before[card.fingerprint] = now + RETRY_S
         folder = self._lender.find(card.name)
-        if folder is None and not self._config.assign_from_hub:
-            log.info("%s is not on this machine; its layers are left to others", card.name)
+        root = None
+        if folder is None and self._config.assign_from_members:
+            root = self._catalog.find_same(card.fingerprint)
+        if folder is None and root is None and not self._config.assign_from_hub:
+            log.info("%s is not to be had here; its layers are left to others", card.name)
             return
         try:
-            await self._lender.lend(Lent(card.name, str(folder or card.name), None), card.fingerprint)
+            await self._lender.lend(Lent(card.name, str(folder or card.name), None, root), card.fingerprint)
         except FAILURES as error:
             log.warning("no layers of %s are taken: %s", card.name, error)
 
@@ -120,9 +125,16 @@ class Assigner:
         own, share = self._own(card), self._share(card)
         if own is None or share is None:
             return
+        if own.root is not None and not self._catalog.is_whole(own.root, share.start, share.end):
+            log.warning("layers %d:%d of %s have no holder left, and nobody has their blocks",
+                        share.start, share.end, card.name)  # fmt: skip
+            self._no_rescue_before = trio.current_time() + RETRY_S
+            self._tell_room()
+            return
         log.warning("layers %d:%d of %s have no holder left: taking them", share.start, share.end, card.name)
         try:
-            await self._lender.lend(Lent(card.name, own.place, None), card.fingerprint, beside=True)
+            lent = Lent(card.name, own.place, None, own.root)
+            await self._lender.lend(lent, card.fingerprint, beside=True)
         except FAILURES as error:
             if isinstance(error, Refused) and error.reason in ("settled", "leaving"):
                 log.info("%s", error)

@@ -94,6 +94,10 @@ class Config:
     """Take layers of models that the swarm runs, when asked for none by name and this machine can find the
     model. Turn it off for a machine that shall only ask, never serve."""
 
+    assign_from_members: bool = True
+    """Whether layers that this node takes may be fetched from members that have the model as blocks. Where it
+    is off, others' models are only looked for in `models`."""
+
     assign_from_hub: bool = False
     """Whether models that others name may be downloaded for that from the Hugging Face hub. Off, they are
     only looked for in `models`; what this machine's owner serves by name is fetched in any case."""
@@ -107,6 +111,13 @@ class Config:
 
     memory_bytes: int = 0
     """Memory for weights that this node lends. 0: half of what is free at the start."""
+
+    blocks_bytes_max: int = 0
+    """Disk for blocks: models that this node keeps or fetched, and what jobs left here. When it is full, what
+    nobody named goes. 0: half of what is free. Files made of blocks to be loaded come on top."""
+
+    upload_bytes_per_s: int = 0
+    """Bytes per second for all blocks that are sent to others. 0: no bound."""
 
     kv_bytes_max: int = 2048 * MIB
     """Memory for the key-value caches of all sessions together. A session that does not fit is refused."""
@@ -206,7 +217,7 @@ class Config:
             parse_model_layers(item)
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
-        for name in ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s", "rescue_s"):
+        for name in _NOT_NEGATIVE:
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.redial_s <= self.redial_max_s, "redial_max_s", self.redial_max_s, "at least redial_s")
         _check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", self.device,
@@ -244,8 +255,9 @@ FOREIGN = ("/ipfs/kad/1.0.0",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "leave_s", "layers_wait_s", "relay_reservations_max",
-                 "relay_circuits_max", "relay_circuits_per_peer", "relay_bytes_per_s",
+_NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "blocks_bytes_max", "upload_bytes_per_s", "leave_s",
+                 "layers_wait_s", "rescue_s", "relay_reservations_max", "relay_circuits_max",
+                 "relay_circuits_per_peer", "relay_bytes_per_s",
                  "relay_bytes_per_s_per_peer", "relay_circuit_s", "relay_circuit_bytes")  # fmt: skip
 _POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepalive_s", "silence_s",
              "redial_s", "redial_max_s")  # fmt: skip

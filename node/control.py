@@ -10,35 +10,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from functools import partial
 
-import msgspec
 import trio
 
-from mycel.compute.chat import ChatError
-from mycel.compute.engine import EngineLost, ModelUnsupported, Sampling
+from mycel.compute.engine import Sampling
 from mycel.compute.infer.generate import Generation
 from mycel.compute.infer.request import GenerateRequest
+from mycel.node.answer import (
+    TELLABLE,
+    BadRequest,
+    Receive,
+    Scope,
+    Send,
+    decode,
+    read_body,
+    send_head,
+    send_json,
+    send_line,
+    send_progress,
+    until_gone,
+)
+from mycel.node.control_models import ModelRoutes
 from mycel.node.running import Node
 from mycel.node.views import GenerateAsk, GenerateEvent, Problem, ServeAsk, TicketAsk
-from mycel.protocol.errors import MycelError
 
 log = logging.getLogger("mycel.node")
-
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
-
-BODY_BYTES_MAX = 4 << 20
-"""A request's body: a long prompt fits many times."""
-
-T = TypeVar("T")
-TELLABLE = (MycelError, ChatError, ModelUnsupported, EngineLost, FileNotFoundError)
-"""What is told to the user as it is; anything else is a bug and is logged with its traceback."""
-
-
-class BadRequest(MycelError):
-    """The request's body is not what the route takes."""
 
 
 class Control:
@@ -55,6 +52,9 @@ class Control:
             ("POST", "/control/ticket"): self._ticket,
             ("POST", "/control/serve"): self._serve,
         }
+        models = ModelRoutes(node)
+        self._routes = {**self._routes, **models.routes}
+        self._slow = models.slow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -62,11 +62,14 @@ class Control:
         try:
             body = await read_body(receive)
             if (method, path) == ("POST", "/control/generate"):
-                await self._generate(_decode(body, GenerateAsk), receive, send)
+                await self._generate(decode(body, GenerateAsk), receive, send)
                 return
             if (method, path) == ("POST", "/control/stop"):
                 await send_json(send, 200, {})  # before there is nobody left to say it
                 self._on_stop()
+                return
+            if method == "POST" and path in self._slow:
+                await send_progress(partial(self._slow[path], body), receive, send)
                 return
             route = self._routes.get((method, path))
             if route is None:
@@ -94,10 +97,10 @@ class Control:
         return self._node.reports()
 
     async def _ticket(self, body: bytes) -> object:
-        return self._node.issue_ticket(_decode(body, TicketAsk))
+        return self._node.issue_ticket(decode(body, TicketAsk))
 
     async def _serve(self, body: bytes) -> object:
-        ask = _decode(body, ServeAsk)
+        ask = decode(body, ServeAsk)
         return await self._node.serve(ask.model, ask.layers)
 
     async def _generate(self, ask: GenerateAsk, receive: Receive, send: Send) -> None:
@@ -118,17 +121,17 @@ class Control:
                         if not begun:
                             await send_head(send, 200, b"application/x-ndjson")
                             begun = True
-                        await _send_line(send, GenerateEvent(text=piece.text))
+                        await send_line(send, GenerateEvent(text=piece.text))
             finally:
                 if generation is not None:
                     self._node.note_report(generation.report)
             report = generation.report
-            await _send_line(send, GenerateEvent(report=report, labels=self._node.labels_in(report)))
+            await send_line(send, GenerateEvent(report=report, labels=self._node.labels_in(report)))
         except TELLABLE as error:
             if not begun:
                 await send_json(send, 400, Problem(str(error), type(error).__name__))
                 return
-            await _send_line(send, GenerateEvent(error=str(error)))
+            await send_line(send, GenerateEvent(error=str(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -150,51 +153,3 @@ async def _request(node: Node, ask: GenerateAsk) -> GenerateRequest:
     return GenerateRequest(
         model=ask.model, prompt=prompt, sampling=sampling, max_tokens=ask.max_tokens, stop=ask.stop
     )
-
-
-async def read_body(receive: Receive) -> bytes:
-    """A request's body. Raises `BadRequest` beyond `BODY_BYTES_MAX`."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the client went away")
-        body += message.get("body", b"")
-        if len(body) > BODY_BYTES_MAX:
-            raise BadRequest(f"the request is larger than {BODY_BYTES_MAX >> 20} MiB")
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-async def until_gone(receive: Receive, scope: trio.CancelScope) -> None:
-    """Cancel `scope` when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-async def send_json(send: Send, status: int, content: object) -> None:
-    """A whole JSON answer."""
-    body = msgspec.json.encode(content)
-    await send_head(send, status, b"application/json", len(body))
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def send_head(send: Send, status: int, kind: bytes, length: int | None = None) -> None:
-    """Status and headers of an answer."""
-    headers = [(b"content-type", kind)]
-    if length is not None:
-        headers.append((b"content-length", str(length).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-async def _send_line(send: Send, event: GenerateEvent) -> None:
-    body = msgspec.json.encode(event) + b"\n"
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def _decode(body: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
-        raise BadRequest(f"the request is not a {kind.__name__}: {error}") from None

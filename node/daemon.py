@@ -9,6 +9,8 @@
     generator   sessions that this node owns
     gather      dials contacts, learns of more
     discovery   Kademlia: who is where, small records, who provides what
+    blocks      content blocks, kept and served
+    catalog     models as blocks: which are here, and which there
     lender      stages by the owner's order
     assigner    stages by the swarm's need
 
@@ -35,8 +37,11 @@ from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.links import Links
 from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.serve import StageServer
+from mycel.dht.block.memory import memory_store
 from mycel.dht.board import PushBoard
 from mycel.node.assign import Assigner
+from mycel.node.blocks import Blocks, OpenStore
+from mycel.node.catalog import Catalog
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
 from mycel.node.discovery import Discovery
@@ -74,6 +79,8 @@ class Papers:
     memory: Memory = field(default_factory=VolatileMemory)
     bootstrap: tuple[Multiaddr, ...] = ()
     """Where to find the swarm, from the ticket."""
+    open_store: OpenStore = memory_store
+    """Opens the store of blocks."""
 
 
 async def run(
@@ -106,13 +113,16 @@ async def run(
     generator = Generator(links, rpc, board, Timing(holders_s=config.layers_wait_s))
     contacts = Contacts(host.peer_id, redial_s=config.redial_s, redial_max_s=config.redial_max_s)
     _learn_bootstrap(config, papers, contacts)
-    lender = Lender(config, engines, stages)
+    blocks = Blocks(host, papers.open_store, upload_bytes_per_s=config.upload_bytes_per_s)
+    catalog = Catalog(blocks, board, host.peer_id, config.home / "models")
+    lender = Lender(config, engines, stages, catalog)
     assigner = Assigner(config, lender, generator, board, host.peer_id)
     gather = Gather(host, rpc, contacts, papers.memory)
     reach = Reach(config, outward, host, contacts, gather)
     discovery = Discovery(config, host, contacts, gather, reach, papers.memory)
+    discovery.hold_blocks(blocks)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
-                discovery)  # fmt: skip
+                discovery, blocks, catalog)  # fmt: skip
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
@@ -123,6 +133,8 @@ async def run(
         await nursery.start(generator.run)
         await nursery.start(gather.run)
         await nursery.start(discovery.run)
+        await nursery.start(blocks.run)
+        await nursery.start(catalog.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
         nursery.start_soon(end_lapsed, membership, host)
         nursery.start_soon(_lend, config, lender, assigner)

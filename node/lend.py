@@ -1,9 +1,10 @@
 """What this node lends: engines with stages in them.
 
 Each stage has an engine of its own, which the stage service keeps alive; where no layers are named it plans
-them from what the board shows to be missing. What the config names is loaded at the start, and tried again
-when that fails: a disk may be mounted late, a checkpoint may still be copied. What the swarm needs beyond
-that is the business of `mycel.node.assign`.
+them from what the board shows to be missing. A model is looked for on this machine, then among those that
+members have as blocks, of which just the layers that are lent are fetched, then on the hub. What the config
+names is loaded at the start, and tried again when that fails: a disk may be mounted late, a checkpoint may
+still be copied. What the swarm needs beyond that is the business of `mycel.node.assign`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -19,8 +21,10 @@ import trio
 from mycel.compute.engine import Engine, EngineLost, ModelUnsupported, Span, StageInfo, StageSpec
 from mycel.compute.infer.serve import ServeOptions, StageServer
 from mycel.compute.supervise import EngineEvent, Loading, Lost, Ready
+from mycel.node.catalog import Catalog, Progress
 from mycel.node.config import Config, parse_model_layers
 from mycel.node.views import StageView
+from mycel.protocol.cid import Cid
 from mycel.protocol.errors import MycelError, Refused
 
 log = logging.getLogger("mycel.node")
@@ -44,6 +48,10 @@ class Lent:
     place: str
     """Where the model is: a folder, or a hub id."""
     span: Span | None
+    root: Cid | None = None
+    """Its root where it is fetched as blocks; `place` is where they are laid out then."""
+    note: Progress | None = None
+    """Hears how far it is."""
     state: str = "starting"
     info: StageInfo | None = None
     trouble: str = ""
@@ -51,6 +59,14 @@ class Lent:
     def on_progress(self, fraction: float, what: str) -> None:
         """Loading goes on."""
         self.state = f"loading {fraction:.0%}"
+        if self.note is not None:
+            self.note(what, round(fraction * 100), 100)
+
+    def on_fetched(self, what: str, done: int, total: int) -> None:
+        """Blocks came."""
+        self.state = f"{what} {done / max(total, 1):.0%}"
+        if self.note is not None:
+            self.note(what, done, total)
 
     def view(self) -> StageView:
         """As shown by the faces."""
@@ -75,21 +91,33 @@ class Lent:
 class Lender:
     """The service. `losses` counts workers that died."""
 
-    def __init__(self, config: Config, engines: EngineFactory, stages: StageServer) -> None:
+    def __init__(self, config: Config, engines: EngineFactory, stages: StageServer, catalog: Catalog) -> None:
         self._config = config
         self._engines = engines
         self._stages = stages
+        self.catalog = catalog
         self.lent: list[Lent] = []
         """In order of asking."""
         self.losses = 0
 
-    async def serve(self, model: str, span: Span | None) -> Lent:
+    async def serve(self, model: str, span: Span | None, note: Progress | None = None) -> Lent:
         """Load layers of `model` and lend them until the node ends.
 
-        `model` is a folder, a name in one of the config's folders, or a hub id. Raises `FileNotFoundError`,
-        `ModelUnsupported`, `EngineLost`, and what the stage service refuses.
+        `model` is a folder, a name in one of the config's folders, a name or root that members announce, or a
+        hub id. Raises `FileNotFoundError`, `ModelUnsupported`, `EngineLost`, what the stage service refuses,
+        and what fetching raises. `note` hears how far it is.
         """
-        return await self.lend(Lent(model, self._place(model), span))
+        place = self._place(model)
+        if place is not None:
+            return await self.lend(Lent(model, place, span, note=note))
+        await self.catalog.looked.wait()
+        root = self.catalog.find(model)
+        try:
+            return await self.lend(Lent(model, model, span, root, note))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; and no member has it as blocks (`mycel models list` shows those that they have)"
+            ) from None
 
     async def serve_configured(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -122,31 +150,38 @@ class Lender:
 
     async def lend(self, lent: Lent, fingerprint: str | None = None, *, beside: bool = False) -> Lent:
         """Load what `lent` says. `fingerprint`, `beside`: see `ServeOptions`. Raises as `serve`."""
-        spec = StageSpec(
-            model=lent.place,
-            span=lent.span,
-            dtype=self._config.dtype,
-            device=self._config.device,
-            kv_bytes_max=self._config.kv_bytes_max,
-            threads=self._config.threads,
-        )
         options = ServeOptions(
             stages=self._config.stages or None,
             weight_bytes_max=self._config.memory_bytes or None,
             fingerprint=fingerprint,
             beside=beside,
+            bring=None if lent.root is None else partial(self._bring, lent, lent.root),
         )
         self.lent.append(lent)
         try:
+            if lent.root is not None:
+                lent.state = "fetching"
+                lent.place = str(await self.catalog.prepare(lent.root))
+            spec = StageSpec(
+                model=lent.place,
+                span=lent.span,
+                dtype=self._config.dtype,
+                device=self._config.device,
+                kv_bytes_max=self._config.kv_bytes_max,
+                threads=self._config.threads,
+            )
             lent.info = await self._stages.serve(
                 spec, self._engines, options, lent.on_progress, lambda event: self._on_engine(lent, event)
             )
         except BaseException:  # why: a cancelled load is not lent either; raised again
             self.lent.remove(lent)
             raise
-        lent.state = "ready"
+        lent.state, lent.note = "ready", None
         log.info("serving layers %d:%d of %s", lent.info.span.start, lent.info.span.end, lent.model)
         return lent
+
+    async def _bring(self, lent: Lent, root: Cid, span: Span) -> None:
+        await self.catalog.bring(root, (span.start, span.end), lent.on_fetched)
 
     async def drop(self, lent: Lent) -> None:
         """Lend these layers no more."""
@@ -154,9 +189,11 @@ class Lender:
             await self._stages.drop(lent.info, self._config.leave_s)
             self.lent.remove(lent)
 
-    def _place(self, model: str) -> str:
+    def _place(self, model: str) -> str | None:
+        """Where `model` is on this machine, None where it is not."""
         path = Path(model).expanduser()
-        return str((path.absolute() if path.is_dir() else self.find(model)) or model)
+        place = path.absolute() if path.is_dir() else self.find(model)
+        return None if place is None else str(place)
 
     def find(self, name: str) -> Path | None:
         """The model of that name in one of the config's folders. Others' names lead nowhere else."""

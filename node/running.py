@@ -13,6 +13,8 @@ from mycel.compute.engine import Span
 from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.request import ModelStatus, Report
 from mycel.compute.infer.serve import StageServer
+from mycel.node.blocks import Blocks
+from mycel.node.catalog import Catalog, Progress
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
 from mycel.node.discovery import Discovery
@@ -75,6 +77,8 @@ class Node:
     lender: Lender
     reach: Reach
     discovery: Discovery
+    blocks: Blocks
+    catalog: Catalog
     began: float = field(default_factory=trio.current_time)
     api: str = ""
     """Base URL of the HTTP API once it listens."""
@@ -89,9 +93,11 @@ class Node:
         """Leave the swarm in order, then end: sessions move to others, for at most `config.leave_s`."""
         self.stopping.set()
 
-    async def serve(self, model: str, layers: tuple[int, int] | None) -> StageView:
+    async def serve(
+        self, model: str, layers: tuple[int, int] | None, note: Progress | None = None
+    ) -> StageView:
         """Lend layers [i:j) of `model`, or those the swarm needs. Raises as `Lender.serve`."""
-        return (await self.lender.serve(model, Span(*layers) if layers else None)).view()
+        return (await self.lender.serve(model, Span(*layers) if layers else None, note)).view()
 
     def issue_ticket(self, ask: TicketAsk) -> TicketView:
         """A fresh ticket with this node's addresses in it. Raises `NotFounder`, `TicketError`."""

@@ -27,6 +27,7 @@ from mycel.compute.device import plan_budget, probe_machine
 from mycel.compute.process import WorkerOptions
 from mycel.compute.worker import start_worker
 from mycel.node import daemon
+from mycel.node.blocks import store_in
 from mycel.node.config import Config
 from mycel.node.memory import FolderMemory, Memory
 from mycel.node.running import Node
@@ -42,6 +43,7 @@ from mycel.protocol.ticket import parse_ticket
 log = logging.getLogger("mycel.node")
 
 LOCK_FILE = "lock"
+BLOCKS_FOLDER = "blocks"
 BOOTSTRAP = "bootstrap"
 """What the ticket's addresses are remembered under."""
 JOIN_S = 10.0
@@ -74,7 +76,10 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
         network = Transports(TcpNetwork(), server_tls=_server_tls(config))
         memory = FolderMemory(config.home)
         trust, bootstrap = _settle_trust(config, network, memory, ticket, leave)
-        papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap)
+        blocks = partial(store_in, config.home / BLOCKS_FOLDER, config.blocks_bytes_max)
+        papers = daemon.Papers(
+            trust.identity, trust.credentials, trust.keep, memory, bootstrap, open_store=blocks
+        )
         if not config.label:
             config = replace(config, label=socket.gethostname())
         if not config.memory_bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from mycel.compute.infer.request import Report
@@ -133,6 +135,42 @@ class ModelView(msgspec.Struct, frozen=True):
     holders: tuple[HolderView, ...]
 
 
+class KeeperView(msgspec.Struct, frozen=True):
+    """What a peer keeps of a model as blocks."""
+
+    peer: str
+    label: str
+    held: tuple[tuple[int, int], ...]
+    """Spans of layers."""
+    edge: bool
+    """Whether embeddings and head are there too."""
+
+
+class KeptView(msgspec.Struct, frozen=True):
+    """A model that can be had as blocks."""
+
+    name: str
+    root: str
+    """What its blocks are found by, in any swarm."""
+    fingerprint: str
+    layers: int
+    nbytes: int
+    """Of all its weights."""
+    here: KeeperView | None
+    others: tuple[KeeperView, ...]
+
+
+class ProgressEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the answer to what takes time: how far it is, at the end what came of it."""
+
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    result: Any = None
+    error: str = ""
+    kind: str = ""
+
+
 class TicketView(msgspec.Struct, frozen=True):
     """A fresh ticket. `text` is a secret."""
 
@@ -175,6 +213,26 @@ class ServeAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: str
     layers: tuple[int, int] | None = None
+
+
+class AddAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A directory to keep as blocks, under a name."""
+
+    directory: str
+    name: str
+
+
+class GetAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model to fetch, by name or root; `layers` None: all."""
+
+    model: str
+    layers: tuple[int, int] | None = None
+
+
+class RemoveAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model to keep no more, by name or root."""
+
+    model: str
 
 
 class TicketAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,18 +28,10 @@ import hypercorn.config
 import hypercorn.trio
 import trio
 
+from mycel.node.answer import BadRequest, Receive, Scope, Send, read_body, send_head, send_json
 from mycel.node.client import API_FILE
 from mycel.node.config import Config, ConfigError, is_loopback, split_host_port
-from mycel.node.control import (
-    BadRequest,
-    Control,
-    Receive,
-    Scope,
-    Send,
-    read_body,
-    send_head,
-    send_json,
-)
+from mycel.node.control import Control
 from mycel.node.keyfile import write_private
 from mycel.node.memory import Memory
 from mycel.node.metrics import render

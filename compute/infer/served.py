@@ -6,7 +6,7 @@ stage refuses sessions and its fact says "loading"; when it is back, the fact sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import trio
@@ -44,6 +44,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Serve only this very model; another one of the same name is refused."""
     beside: bool = False
     """Take of the layers that lost their last holder, beside the stages that this node has of the model."""
+    bring: Callable[[Span], Awaitable[None]] | None = None
+    """Brings the files of the layers that were chosen, before they are loaded. What it raises ends the stage."""
 
 
 class Served:
@@ -119,6 +121,8 @@ class Served:
             self.files = await self._engine.tokenizer_files(self._spec.model)
         except ModelUnsupported:
             self.files = None
+        if self._options.bring is not None:
+            await self._options.bring(span)
         info = await self._engine.load(self._spec, progress)
         self._board.publish(model_key(card.fingerprint), msgspec.msgpack.encode(ModelFact(info.card)))
         self.stage = Stage(self._engine, info, self._links)

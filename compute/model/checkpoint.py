@@ -124,6 +124,23 @@ def download(model: str, patterns: list[str]) -> Path:
             enable_progress_bars()
 
 
+def fetch_whole(model: str) -> Path:
+    """A directory with all of a hub model's files that are of use, fetched where they are not cached.
+
+    Raises `FileNotFoundError` with what to do where there is no such model or no hub, `ModelUnsupported`.
+    """
+    source = find(model)
+    if not source.hub:  # the hub did not answer: all of it is cached
+        return source.directory
+    try:
+        return download(model, [*SMALL_FILES, *sorted(source.file_bytes)])
+    except Exception as error:  # boundary: the hub client passes on what its HTTP library raises
+        raise FileNotFoundError(
+            f"{model} could not be fetched from the hub ({error}): ask again, it goes on where it was, or "
+            "copy the model's directory here and name that"
+        ) from error
+
+
 def _cached(model: str, error: Exception) -> Source:
     """A hub model as far as this machine has it, when the hub did not answer."""
     try:

@@ -29,6 +29,8 @@ from mycel.protocol.cid import CID_BYTES, Cid, cid_from, cid_text, cids_from
 from mycel.protocol.errors import RemoteProtocolError, UsageProblem
 from mycel.protocol.limits import DEFAULT_BLOCK_LIMITS
 
+MODEL_PIN = "model/"
+"""How the names begin under which models are pinned."""
 EDGE = -1
 """The part that is no layer."""
 FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -247,4 +249,4 @@ def by_part(tensors: Sequence[Tensor], layers: int | None) -> list[list[Tensor]]
 
 def pin_name(root: Cid) -> str:
     """Under which a store keeps the blocks of a model."""
-    return "model/" + cid_text(root)
+    return MODEL_PIN + cid_text(root)

@@ -15,8 +15,8 @@ import pytest
 import trio
 
 from mycel.compute.infer.request import GenerateRequest
+from mycel.node.answer import BODY_BYTES_MAX
 from mycel.node.client import Client, ControlError, NotRunning
-from mycel.node.control import BODY_BYTES_MAX
 from mycel.node.running import Node
 
 T = TypeVar("T")

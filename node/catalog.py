@@ -1,0 +1,239 @@
+"""Models as blocks: which this node keeps, which others announce, and how they get here.
+
+Every node states on the board, for each model of which it keeps some, the root's name and what of it is here
+(`RootFact`). So a model is found by its name or root wherever a member has it, and who fetches knows whom to
+ask first. The facts are for finding alone: what is fetched is asked of every connected member, and checked by
+its name.
+
+To be loaded, layers are laid out as files in `models/` of the node's home, the small files (config,
+tokenizer) first: they are enough to decide which layers to take. One fetch of a model at a time, for each adds
+to what is pinned; different models do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import trio
+
+from mycel.compute.fingerprint import fingerprint_of
+from mycel.dht.block.add import add_model
+from mycel.dht.block.manifest import EDGE, MODEL_PIN, pin_name
+from mycel.dht.block.model import Model, Sources, fetch_manifest, fetch_model, lay_out, read_model
+from mycel.dht.block.safetensor import find_files
+from mycel.node.blocks import Blocks
+from mycel.protocol.board import Board
+from mycel.protocol.cid import Cid, cid_text, parse_cid
+from mycel.protocol.errors import RemoteProtocolError, UsageProblem
+from mycel.protocol.mesh import PeerId
+
+ROOT_KEY = "model-root/"
+"""Board: what the author keeps of the model whose root follows."""
+ROOTS_MAX = 64
+"""Models that a node announces while it runs: an author has room for 256 facts of all kinds."""
+
+Progress = Callable[[str, int, int], None]
+"""What is done ("hashing", "copying", "fetching"), how much of it is done, and how much there is."""
+
+
+class RootFact(msgspec.Struct, frozen=True, array_like=True):
+    """What an author keeps of a model."""
+
+    name: str
+    fingerprint: str
+    layers: int
+    nbytes: int
+    """Of the whole model's weights."""
+    held: tuple[tuple[int, int], ...]
+    """Spans of layers."""
+    edge: bool
+    """Whether embeddings and head are there too."""
+
+
+class Catalog:
+    """The service. `folder` is where models are laid out."""
+
+    def __init__(self, blocks: Blocks, board: Board, me: PeerId, folder: Path) -> None:
+        self.looked = trio.Event()
+        """Set once it is known what is kept here."""
+        self._blocks = blocks
+        self._board = board
+        self._me = me
+        self._folder = folder
+        self._own: dict[Cid, RootFact] = {}
+        self._announced: dict[Cid, None] = {}
+        self._turns: dict[Cid, trio.Lock] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Announce what is here from before; started at once, returns when that is done."""
+        task_status.started()
+        store = (await self._blocks.exchange()).store
+        for pin in [name for name in store.pins() if name.startswith(MODEL_PIN)]:
+            root = parse_cid(pin.removeprefix(MODEL_PIN))
+            if not store.has(root):  # it was being added when the node was killed, or nobody had it
+                await store.unpin(pin)
+                continue
+            await self._look(root)
+        self.looked.set()
+
+    # --- finding
+
+    def known(self) -> dict[Cid, dict[PeerId, RootFact]]:
+        """Who keeps what of which model, this node included."""
+        found: dict[Cid, dict[PeerId, RootFact]] = {root: {self._me: own} for root, own in self._own.items()}
+        for fact in self._board.facts(ROOT_KEY):
+            try:
+                root = parse_cid(fact.key.removeprefix(ROOT_KEY))
+                told = msgspec.msgpack.decode(fact.value or b"", type=RootFact)
+            except (RemoteProtocolError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                continue
+            if fact.author != self._me:
+                found.setdefault(root, {})[fact.author] = told
+        return found
+
+    def find(self, text: str) -> Cid | None:
+        """The model of this name, or root; None where nobody announces it.
+
+        Raises `UsageProblem` where several go by the name.
+        """
+        try:
+            return parse_cid(text)
+        except RemoteProtocolError:
+            pass
+        names = {root: next(iter(facts.values())).name for root, facts in self.known().items()}
+        roots = [root for root, name in names.items() if name == text]
+        roots = roots or [root for root, name in names.items() if name.rpartition("/")[2] == text]
+        if len(roots) > 1:
+            told = ", ".join(sorted(cid_text(root) for root in roots))
+            raise UsageProblem(f"several models go by the name {text}: say which by its root ({told})")
+        return roots[0] if roots else None
+
+    def find_same(self, fingerprint: str) -> Cid | None:
+        """The model with this fingerprint, the one that most announce; None where nobody does."""
+        counts = {
+            root: sum(fact.fingerprint == fingerprint for fact in facts.values())
+            for root, facts in self.known().items()
+        }
+        found = [root for root in sorted(counts) if counts[root]]
+        return max(found, key=lambda root: counts[root], default=None)
+
+    def is_whole(self, root: Cid, start: int, end: int) -> bool:
+        """Whether layers [start:end), with what belongs to them, are announced by anybody."""
+        facts = list(self.known().get(root, {}).values())
+        needs_edge = any(start == 0 or end == fact.layers for fact in facts)
+        return (not needs_edge or any(fact.edge for fact in facts)) and all(
+            any(a <= layer < b for fact in facts for a, b in fact.held) for layer in range(start, end)
+        )
+
+    def name_of(self, root: Cid) -> str:
+        """What the model is called, its root where nobody says."""
+        facts = self.known().get(root)
+        return next(iter(facts.values())).name if facts else cid_text(root)
+
+    # --- here
+
+    async def add(self, directory: Path, name: str, progress: Progress | None = None) -> Cid:
+        """Keep the model in `directory` as blocks, called `name`. Raises as `add_model`."""
+        exchange = await self._blocks.exchange()
+        fingerprint = await trio.to_thread.run_sync(_fingerprint, directory)
+        root = await add_model(
+            exchange.store, directory, name=name, fingerprint=fingerprint, progress=progress
+        )
+        for cid in exchange.store.pinned(pin_name(root)):
+            exchange.announce(cid)
+        await self._look(root)
+        return root
+
+    async def get(self, root: Cid, span: tuple[int, int] | None, progress: Progress | None = None) -> None:
+        """Fetch and keep layers [i:j) of a model, None for all. Raises as `fetch_model`."""
+        async with self._turn(root):
+            await self._fetch(root, span, progress)
+
+    async def prepare(self, root: Cid) -> Path:
+        """A directory with the small files, enough to choose layers by. Raises as `fetch_manifest`."""
+        exchange = await self._blocks.exchange()
+        async with self._turn(root):
+            model = await fetch_manifest(exchange, root, sources=self._sources(root))
+            directory = await lay_out(exchange.store, model, self._folder)
+            await self._look(root)
+        return directory
+
+    async def bring(self, root: Cid, span: tuple[int, int], progress: Progress | None = None) -> None:
+        """Fetch what a stage of layers [i:j) needs, and lay it out to be loaded. Raises as `fetch_model`."""
+        exchange = await self._blocks.exchange()
+        async with self._turn(root):
+            model = await self._fetch(root, span, progress)
+            await lay_out(exchange.store, model, self._folder)
+
+    async def remove(self, root: Cid) -> None:
+        """Keep the model no more, and remove its files. Raises `UsageProblem` where nothing of it is here."""
+        store = (await self._blocks.exchange()).store
+        async with self._turn(root):
+            if not store.pinned(pin_name(root)):
+                raise UsageProblem(f"nothing of {self.name_of(root)} is kept here; see `mycel models list`")
+            self._own.pop(root, None)
+            self._board.withdraw(ROOT_KEY + cid_text(root))
+            await store.unpin(pin_name(root))
+            await trio.to_thread.run_sync(
+                partial(shutil.rmtree, self._folder / cid_text(root), ignore_errors=True)
+            )
+
+    async def _fetch(self, root: Cid, span: tuple[int, int] | None, progress: Progress | None) -> Model:
+        exchange = await self._blocks.exchange()
+        say = None if progress is None else partial(progress, "fetching")
+        try:
+            return await fetch_model(exchange, root, span, sources=self._sources(root), progress=say)
+        finally:
+            with trio.CancelScope(shield=True):  # what came stays, and is announced
+                await self._look(root)
+
+    def _sources(self, root: Cid) -> Sources:
+        return Sources(first=[peer for peer in self.known().get(root, {}) if peer != self._me])
+
+    def _turn(self, root: Cid) -> trio.Lock:
+        return self._turns.setdefault(root, trio.Lock())
+
+    async def _look(self, root: Cid) -> None:
+        """See what of a model is here, and announce it."""
+        model = await read_model((await self._blocks.exchange()).store, root)
+        if model is None:
+            return
+        self._own[root] = fact = _fact_of(model)
+        if len(self._announced) < ROOTS_MAX or root in self._announced:
+            self._announced[root] = None
+            self._board.publish(ROOT_KEY + cid_text(root), msgspec.msgpack.encode(fact))
+
+
+def _fact_of(model: Model) -> RootFact:
+    manifest = model.manifest
+    return RootFact(
+        name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        layers=manifest.layers,
+        nbytes=sum(part.nbytes for part in manifest.parts),
+        held=spans_of([layer for layer in sorted(model.parts) if layer != EDGE]),
+        edge=EDGE in model.parts,
+    )
+
+
+def spans_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Layers, ordered, as spans [i:j)."""
+    if not layers:
+        return ()
+    breaks = [at for at, (one, other) in enumerate(pairwise(layers), start=1) if other != one + 1]
+    borders = [0, *breaks, len(layers)]
+    return tuple((layers[i], layers[j - 1] + 1) for i, j in pairwise(borders))
+
+
+def _fingerprint(directory: Path) -> str:
+    try:
+        return fingerprint_of(directory, {path.name: path.stat().st_size for path in find_files(directory)})
+    except OSError as error:
+        raise UsageProblem(
+            f"{directory} cannot be read ({error.strerror}): name a model's directory"
+        ) from None
