@@ -1,0 +1,456 @@
+"""Membership by script: who starts, dies, is cut off and comes back, and what its calls come to.
+
+A script has one step a line; indented words are names of peers:
+
+    start a b c            processes start and want in; the first named may begin the group
+    call x a b             they call an all-reduce of tag x (barrier..., border... are called so)
+    call x/7 a             ...of 7 items
+    run 2                  two seconds pass
+    kill a / part a b / heal / leave a / hold / move a x / break a x b / give_up a x
+    epoch 3 a b c          these are in one epoch, of this number, and it has no other members
+    out a                  it is outside
+    ended x kept a b       their latest call of x ended so
+    open x a               its call has not ended
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mycel.compute.collective.epoch import Terms
+from mycel.compute.collective.group import Policy
+from mycel.protocol.mesh import PeerId
+
+
+def terms_of(tag: str, items: int) -> Terms:
+    if tag.startswith(("barrier", "border")):
+        return Terms("barrier" if tag.startswith("barrier") else "border")
+    return Terms("all_reduce", "float32", items, "avg")
+
+
+class Script:
+    def __init__(self, bottle: Any) -> None:
+        self.bottle = bottle
+
+    def play(self, text: str) -> None:
+        for line in text.strip().splitlines():
+            words = line.split("#")[0].split()
+            if words:
+                try:
+                    getattr(self, f"do_{words[0]}")(*words[1:])
+                except AssertionError as error:
+                    raise AssertionError(f"{line.strip()!r} at {self.bottle.now:.2f} s: {error}") from error
+
+    def node(self, name: str) -> Any:
+        return self.bottle.nodes[PeerId(name)]
+
+    def do_start(self, *names: str) -> None:
+        for name in names:
+            node = self.bottle.start(name)
+            node.core.join(self.bottle.now)
+            self.bottle.act(node)
+
+    def do_follow(self, *names: str) -> None:
+        for name in names:
+            node = self.bottle.start(name, founds=False)
+            node.core.join(self.bottle.now)
+            self.bottle.act(node)
+
+    def do_call(self, what: str, *names: str) -> None:
+        tag, _, items = what.partition("/")
+        for name in names:
+            node = self.node(name)
+            assert not node.core.is_open(tag), f"{name} has called {tag} already"
+            node.core.call(self.bottle.now, tag, terms_of(tag, int(items or 8)))
+            self.bottle.act(node)
+
+    def do_run(self, seconds: str) -> None:
+        self.bottle.run(float(seconds))
+
+    def do_kill(self, *names: str) -> None:
+        for name in names:
+            self.bottle.kill(name)
+
+    def do_part(self, *names: str) -> None:
+        self.bottle.part(list(names))
+
+    def do_cut(self, one: str, other: str) -> None:
+        """Between these two alone."""
+        self.bottle.cut.add(frozenset((PeerId(one), PeerId(other))))
+        for name, lost in ((one, other), (other, one)):
+            self.node(name).core.down(self.bottle.now, PeerId(lost))
+            self.bottle.act(self.node(name))
+
+    def do_heal(self) -> None:
+        self.bottle.heal()
+
+    def do_leave(self, name: str) -> None:
+        self.node(name).core.leave()
+        self.bottle.act(self.node(name))
+
+    def do_hold(self) -> None:
+        self.bottle.moves_at_once = False
+
+    def attempt(self, name: str, tag: str) -> Any:
+        return next(attempt for attempt in self.node(name).began if attempt.tag == tag)
+
+    def do_move(self, tag: str, *names: str) -> None:
+        for name in names:
+            self.bottle.move(self.node(name), self.attempt(name, tag))
+
+    def do_break(self, name: str, tag: str, *peer: str) -> None:
+        suspect = PeerId(peer[0]) if peer else None
+        self.bottle.break_off(self.node(name), self.attempt(name, tag), suspect)
+
+    def do_give_up(self, name: str, tag: str) -> None:
+        self.node(name).core.withdraw(self.bottle.now, tag, f"{name} gave up")
+        self.bottle.act(self.node(name))
+
+    def do_epoch(self, number: str, *names: str) -> None:
+        for name in names:
+            epoch = self.node(name).core.epoch
+            assert epoch is not None, f"{name} is outside"
+            assert (epoch.number, sorted(epoch.peers)) == (int(number), sorted(names)), f"{name}: {epoch}"
+
+    def do_together(self, *names: str) -> None:
+        epochs = [self.node(name).core.epoch for name in names]
+        assert None not in epochs, epochs
+        assert epochs.count(epochs[0]) == len(epochs), epochs
+        assert sorted(epochs[0].peers) == sorted(names), epochs[0]
+
+    def do_out(self, *names: str) -> None:
+        for name in names:
+            assert self.node(name).core.epoch is None, f"{name} is in {self.node(name).core.epoch}"
+
+    def do_ended(self, tag: str, ending: str, *names: str) -> None:
+        for name in names:
+            assert self.node(name).last(tag) == ending, f"{name}: {self.node(name).ended}"
+            assert not self.node(name).core.is_open(tag), f"{name} has another one open"
+
+    def do_open(self, tag: str, *names: str) -> None:
+        for name in names:
+            assert self.node(name).core.is_open(tag), f"{name}: {self.node(name).ended}"
+
+
+SCRIPTS = {
+    "the lowest of those who wait begins, the others come in": """
+        start c b a
+        run 3
+        together a b c
+        call x a b
+        run 1
+        open x a b
+        call x c
+        run 1
+        ended x kept a b c
+    """,
+    "who may not begin a group waits for one": """
+        follow b
+        run 5
+        out b
+        start a
+        run 3
+        together a b
+    """,
+    "a member that dies before its vote costs an epoch, and the survivors are done": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        move x a
+        kill c
+        run 0.4
+        together a b
+        open x a b
+        move x a b
+        run 0.1
+        ended x kept a b
+    """,
+    "what all survivors hold is kept, with what the dead one gave": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        move x a b
+        kill c
+        run 0.4
+        together a b
+        ended x kept a b
+    """,
+    "a member that dies after all have voted takes nothing with it": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        move x a b c     # c's vote is on its way
+        run 0.02
+        ended x kept a b c
+        kill c
+        run 1
+        together a b
+    """,
+    "what one member saw kept is kept by all": """
+        start a b c d e
+        run 3
+        hold
+        call x a b c d e
+        run 0.1
+        move x a b c d e
+        part a           # all have voted, nobody heard of all votes; a hears of nothing any more
+        run 2
+        together b c d e
+        ended x kept b c d e
+        open x a
+        heal
+        run 3
+        together a b c d e
+    """,
+    "a minority goes on with nothing": """
+        start a b c d e
+        run 3
+        part d e
+        call x a b c
+        call x d e
+        run 3
+        together a b c
+        ended x kept a b c
+        open x d e
+        heal
+        run 3
+        together a b c d e
+    """,
+    "of three proposers that die one after the other the fourth gets through": """
+        start a b c d e f g
+        run 3
+        kill g
+        kill a
+        run 0.01
+        kill b
+        run 3
+        together c d e f
+    """,
+    "another tensor under the same tag fails on all, and the next call works": """
+        start a b c
+        run 3
+        call x a b
+        call x/9 c
+        run 1
+        ended x refused a b c
+        call x a b c
+        run 1
+        ended x kept a b c
+    """,
+    "who gives up fails the operation for all, also for those who come later": """
+        start a b c
+        run 3
+        call x a b
+        run 1
+        give_up a x
+        run 1
+        open x a b
+        call x c
+        run 1
+        ended x refused a b c
+        call x a b c
+        run 1
+        ended x kept a b c
+    """,
+    "who gives up when others hold the result already makes it an epoch's business": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        move x b c
+        give_up a x
+        run 2
+        ended x refused a b c
+        together a b c
+    """,
+    "an attempt that breaks is tried again, and nobody who answers is left out": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        break a x c
+        run 0.4
+        together a b c
+        move x a b c
+        run 0.1
+        ended x kept a b c
+    """,
+    "two that cannot reach each other do not stay together, the younger goes": """
+        start a
+        run 2
+        start b
+        run 1
+        start c
+        run 1
+        cut b c
+        run 2
+        together a b
+    """,
+    "operations of several tags do not wait for each other": """
+        start a b
+        run 3
+        hold
+        call x a b
+        call y b a
+        run 0.1
+        move y a b
+        run 0.1
+        ended y kept a b
+        open x a b
+        move x a b
+        run 0.1
+        ended x kept a b
+    """,
+    "a newcomer does not come in while something moves": """
+        start a b
+        run 3
+        hold
+        call x a b
+        run 0.1
+        start c
+        run 2
+        out c
+        move x a b
+        run 1
+        ended x kept a b
+        together a b c
+    """,
+    "a newcomer that dies under admission costs an epoch": """
+        start a b
+        run 3
+        start c
+        run 0.115        # proposed with it
+        kill c
+        run 3
+        together a b
+        call x a b
+        run 1
+        ended x kept a b
+    """,
+    "who leaves in order is missed at once": """
+        start a b c
+        run 3
+        call x a b
+        run 1
+        leave c
+        run 0.1
+        together a b
+        run 1
+        ended x kept a b
+    """,
+    "a process that starts again is somebody else": """
+        start a b c
+        run 3
+        kill c
+        start c
+        run 3
+        together a b c
+        call x a b c
+        run 1
+        ended x kept a b c
+    """,
+}
+
+ANY = {
+    "down to one and back": """
+        start a b c
+        run 3
+        call x a b c
+        kill b
+        kill c
+        run 2
+        epoch 3 a
+        call y a
+        run 1
+        ended y kept a
+        start b c
+        run 3
+        together a b c
+        call y a b c
+        run 1
+        ended y kept a b c
+    """,
+    "of two parts that meet again the longer lineage goes on": """
+        start a b c d
+        run 3
+        part a
+        run 2
+        together b c d
+        kill d
+        run 2
+        together b c
+        call x a
+        run 1
+        ended x kept a
+        heal
+        run 3
+        together a b c
+        call y a b c
+        run 1
+        ended y kept a b c
+    """,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_membership_by_majority(bottle_of: Any, name: str) -> None:
+    Script(bottle_of(Policy())).play(SCRIPTS[name])
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_membership_of_whoever_is_there(bottle_of: Any, name: str) -> None:
+    Script(bottle_of(Policy(quorum="any"))).play(ANY[name])
+
+
+def test_newcomers_come_in_at_borders_only_where_that_is_agreed(bottle_of: Any) -> None:
+    Script(bottle_of(Policy(admits="border"))).play("""
+        start a
+        run 2
+        start b
+        run 1
+        out b
+        call border a
+        run 1
+        open border a        # it has let b in, and waits for it there
+        together a b
+        call border b
+        run 1
+        ended border kept a b
+        start c
+        run 2
+        out c
+        call x a b
+        run 1
+        ended x kept a b
+        call border a b
+        run 1
+        together a b c
+        call border c
+        run 1
+        ended border kept a b c
+    """)
+
+
+def test_too_few_members_begin_nothing(bottle_of: Any) -> None:
+    Script(bottle_of(Policy(least=2))).play("""
+        start a
+        run 2
+        call x a
+        run 2
+        open x a
+        start b
+        run 2
+        call x b
+        run 1
+        ended x kept a b
+    """)
