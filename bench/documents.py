@@ -225,6 +225,7 @@ def million(updates: int) -> Figures:
     """One document with a long history, and a newcomer who gets it."""
     author = OneAuthor("author")
     library = Library(author, VolatileStore(), anybody_may_write)
+    library.on_compared()
     began = time.perf_counter()
     for n in range(0, updates, MILLION_BATCH):
         library.write({f"job/{k % MILLION_KEYS}": VALUE % k for k in range(n, n + MILLION_BATCH)})

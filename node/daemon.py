@@ -4,6 +4,7 @@
     rpc         calls over it
     board       facts that peers state
     reach       how others can call this node, and it them
+    documents   what the swarm keeps
     links       stage streams
     stages      this node's layers at work for everybody
     generator   sessions that this node owns
@@ -39,12 +40,14 @@ from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.serve import StageServer
 from mycel.dht.block.memory import memory_store
 from mycel.dht.board import PushBoard
+from mycel.dht.doc.store import DocumentStore, VolatileStore
 from mycel.node.assign import Assigner
 from mycel.node.blocks import Blocks, OpenStore
 from mycel.node.catalog import Catalog
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
 from mycel.node.discovery import Discovery
+from mycel.node.documents import DocumentService
 from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lapse import end_lapsed
@@ -79,6 +82,8 @@ class Papers:
     memory: Memory = field(default_factory=VolatileMemory)
     bootstrap: tuple[Multiaddr, ...] = ()
     """Where to find the swarm, from the ticket."""
+    documents: DocumentStore = field(default_factory=VolatileStore)
+    """Where documents are kept."""
     open_store: OpenStore = memory_store
     """Opens the store of blocks."""
 
@@ -108,6 +113,7 @@ async def run(
     host = Host(outward, papers.identity, listen=listen, membership=membership, limits=limits)
     rpc = Rpc(host)
     board = PushBoard(host)
+    documents = DocumentService(host, rpc, membership, papers.documents)
     links = Links(host)
     stages = StageServer(links, rpc, board)
     generator = Generator(links, rpc, board, Timing(holders_s=config.layers_wait_s))
@@ -122,12 +128,13 @@ async def run(
     discovery = Discovery(config, host, contacts, gather, reach, papers.memory)
     discovery.hold_blocks(blocks)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
-                discovery, blocks, catalog)  # fmt: skip
+                discovery, documents.documents, blocks, catalog)  # fmt: skip
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
         await nursery.start(reach.run)
         await nursery.start(board.run)
+        await nursery.start(documents.run)
         await nursery.start(links.run)
         await nursery.start(stages.run)
         await nursery.start(generator.run)

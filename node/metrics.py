@@ -63,6 +63,10 @@ def families(node: Node) -> Iterator[Family]:
     yield _gauge("mycel_relay_circuits", "Connections that go through this node.", reach.relay.circuits)
     yield _counter("mycel_relay_bytes_total", "Bytes relayed for others.", reach.relay.forwarded)
     yield _counter("mycel_upgrades_total", "Relayed connections that became direct.", reach.upgrade.upgraded)
+    library = node.documents.library
+    yield _gauge("mycel_documents", "Authors whose documents are here.", len(library.authors))
+    yield _gauge("mycel_document_bytes", "Bytes of all documents here.", library.size)
+    yield _by("reason", "mycel_documents_refused_total", "Documents not taken.", library.refused)
     yield _counter("mycel_rows_computed_total", "Rows through this node's layers.", totals.rows_computed)
     yield _counter("mycel_rows_resent_total", "Rows sent from the log after a loss.", totals.rows_resent)
     yield _counter("mycel_rows_duplicate_total", "Rows that came twice.", totals.rows_duplicate)

@@ -13,6 +13,7 @@ from mycel.compute.engine import Span
 from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.request import ModelStatus, Report
 from mycel.compute.infer.serve import StageServer
+from mycel.dht.doc.sync import Documents
 from mycel.node.blocks import Blocks
 from mycel.node.catalog import Catalog, Progress
 from mycel.node.config import Config
@@ -77,6 +78,7 @@ class Node:
     lender: Lender
     reach: Reach
     discovery: Discovery
+    documents: Documents
     blocks: Blocks
     catalog: Catalog
     began: float = field(default_factory=trio.current_time)

@@ -29,6 +29,7 @@ from mycel.compute.worker import start_worker
 from mycel.node import daemon
 from mycel.node.blocks import store_in
 from mycel.node.config import Config
+from mycel.node.docdisk import DiskStore
 from mycel.node.memory import FolderMemory, Memory
 from mycel.node.running import Node
 from mycel.node.tcp import TcpNetwork
@@ -43,6 +44,7 @@ from mycel.protocol.ticket import parse_ticket
 log = logging.getLogger("mycel.node")
 
 LOCK_FILE = "lock"
+DOCUMENTS_FILE = "documents.db"
 BLOCKS_FOLDER = "blocks"
 BOOTSTRAP = "bootstrap"
 """What the ticket's addresses are remembered under."""
@@ -69,16 +71,18 @@ class Watcher:
 async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, leave: bool = False) -> None:
     """Be a node until told to stop. With `ticket` its swarm is joined first; `leave` gives up another.
 
-    Raises `HomeInUse`, `TicketError`, `TrustError`, `KeyFileError`, `ConfigError`, `AddressError`; `Refused`
-    for a ticket that is over, and when the swarm does not let a joining node in.
+    Raises `HomeInUse`, `TicketError`, `TrustError`, `KeyFileError`, `ConfigError`, `AddressError`,
+    `UsageProblem` for documents on disk that cannot be read; `Refused` for a ticket that is over, and when
+    the swarm does not let a joining node in.
     """
     with locked(config.home):
         network = Transports(TcpNetwork(), server_tls=_server_tls(config))
         memory = FolderMemory(config.home)
         trust, bootstrap = _settle_trust(config, network, memory, ticket, leave)
+        store = await DiskStore.open(config.home / DOCUMENTS_FILE)
         blocks = partial(store_in, config.home / BLOCKS_FOLDER, config.blocks_bytes_max)
         papers = daemon.Papers(
-            trust.identity, trust.credentials, trust.keep, memory, bootstrap, open_store=blocks
+            trust.identity, trust.credentials, trust.keep, memory, bootstrap, store, blocks
         )
         if not config.label:
             config = replace(config, label=socket.gethostname())
@@ -87,6 +91,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
             config = replace(config, memory_bytes=budget.weight_bytes)
         options = WorkerOptions(environment=dict(os.environ))
         async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
             node: Node = await nursery.start(
                 daemon.run, config, network, partial(start_worker, options), papers
             )

@@ -16,7 +16,8 @@ and what does not hold is counted by its reason:
 A node that got an old disk back, or lost its disk, hears of its own document from others. It takes it over,
 and writes on top what it has written since it started. That this can never come too late, editions begin with
 the calendar's milliseconds only once others were compared with; before, they are numbered from where the disk
-ends, and a node without a document begins with a **provisional** edition, older than any proper one.
+ends, and a node without a document begins with a **provisional** edition, which is older than any proper one
+and is told to nobody.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ VERSION_MAX = 1 << 62
 """Editions are milliseconds of the author's calendar; SQLite keeps 63 bits."""
 
 PROVISIONAL_MAX = 1 << 32
-"""Editions up to this were begun without knowing what others have."""
+"""Editions up to this are the author's alone: it wrote them without knowing what others have of it."""
 
 
 class Library:
@@ -282,7 +283,9 @@ class Library:
     def _admit(self, part: Part, document: Document | None) -> None:
         """Raise `Refusal` for a part that must not be looked into."""
         head, limits = part.head, self._limits
-        if not (0 < head.edition < VERSION_MAX and 0 <= part.start <= head.sequence < VERSION_MAX):
+        if not (
+            PROVISIONAL_MAX < head.edition < VERSION_MAX and 0 <= part.start <= head.sequence < VERSION_MAX
+        ):
             raise Refusal("malformed")
         if not all(part.updates):
             raise Refusal("malformed")
@@ -328,7 +331,8 @@ class Library:
         self._documents[author] = document
         self._bytes += document.size - self._sizes.get(author, 0)
         self._sizes[author] = document.size
-        self.vector.put(author, document.version)
+        if document.version.edition > PROVISIONAL_MAX:
+            self.vector.put(author, document.version)
 
     def _tell(self, document: Document, old: Mapping[str, bytes | None]) -> None:
         """Tell what became of the keys of `old`."""
@@ -347,7 +351,7 @@ class Library:
     def since(self, author: PeerId, version: Version) -> list[Part]:
         """What somebody lacks of `author` who is at `version`, in the order to take it."""
         document = self._documents.get(author)
-        if document is None or document.version <= version:
+        if document is None or document.version <= max(version, Version(PROVISIONAL_MAX, VERSION_MAX)):
             return []
         return document.since(version)
 

@@ -13,6 +13,7 @@ import trio
 from mycel.compute.inline import InlineEngine
 from mycel.compute.model.tiny import tiny_model
 from mycel.compute.tokenizer import byte_level_tokenizer_files
+from mycel.dht.doc.store import DocumentStore, VolatileStore
 from mycel.node import daemon
 from mycel.node.config import Config
 from mycel.node.memory import FolderMemory
@@ -42,7 +43,7 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_node(tmp_path: Path) -> NodeMaker:
     """`async with make_node("name", ticket=..., web=True, **settings) as node`.
 
-    A step of its engine takes at least `step_s` seconds.
+    A step of its engine takes at least `step_s` seconds. `store` keeps its documents.
     """
 
     @asynccontextmanager
@@ -52,6 +53,7 @@ def make_node(tmp_path: Path) -> NodeMaker:
         ticket: str | None = None,
         web: bool = False,
         step_s: float = 0.0,
+        store: DocumentStore | None = None,
         **settings: object,
     ) -> AsyncIterator[Node]:
         flags = {"home": str(tmp_path / name), "label": name, "preset": "local", "assign": False, **settings}
@@ -65,7 +67,8 @@ def make_node(tmp_path: Path) -> NodeMaker:
             parsed = parse_ticket(ticket)
             trust = join_swarm(config.home, parsed, now=network.wall(), entropy=network.entropy)
             bootstrap = parsed.bootstrap
-        papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap)  # type: ignore[arg-type]
+        kept = store or VolatileStore()
+        papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap, kept)  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             engine = partial(InlineEngine, cost=lambda works: step_s)
             node: Node = await nursery.start(daemon.run, config, network, engine, papers)

@@ -27,7 +27,9 @@ Signers = Callable[[int], Any]
 
 def open_library(path: Path, signer: Any) -> tuple[Library, SqliteStore]:
     store = SqliteStore(path)
-    return Library(signer, store, lambda *_: True, limits=SMALL), store
+    library = Library(signer, store, lambda *_: True, limits=SMALL)
+    library.on_compared()
+    return library, store
 
 
 def whole_of(library: Library, signer: Any) -> Part:
