@@ -56,6 +56,8 @@ class WorkerOptions:
     """From start to the worker's hello: importing torch takes 2-4 s, on a busy or cold machine much more."""
     serve: str = "mycel.compute.worker_serve"
     """The module whose `serve` the process runs."""
+    threads: int = 0
+    """Threads that array libraries may use; 0: as they like."""
 
 
 class WorkerProcess:
@@ -131,7 +133,7 @@ def start_process(options: WorkerOptions) -> WorkerProcess:
             stdout=stderr,
             stderr=stderr,
             pass_fds=(theirs.fileno(),),
-            env=scrub(options.environment),
+            env=scrub(options.environment) | _threads(options.threads),
             start_new_session=True,
         )
     except OSError:
@@ -153,6 +155,11 @@ def open_stderr() -> IO[bytes]:
 def scrub(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a worker: what of `environment` it may see, and our own settings."""
     return {name: environment[name] for name in PASSED_ON if name in environment} | OWN_ENVIRONMENT
+
+
+def _threads(count: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return {name: str(count) for name in names} if count else {}
 
 
 def describe_exit(status: int) -> str:

@@ -24,11 +24,11 @@ from mycel.compute.model.load import load_stage
 from mycel.compute.model.memory import is_out_of_memory
 from mycel.compute.model.stage import Stage
 from mycel.compute.model.tokenizer_files import read_tokenizer_files
+from mycel.compute.parent import Connection
 from mycel.compute.pipe import (
     DESCRIBE,
     FAILURE,
     FORGET,
-    GATHER_MAX,
     HELLO,
     LOAD,
     PROGRESS,
@@ -37,17 +37,15 @@ from mycel.compute.pipe import (
     STEP,
     TOKENIZER_FILES,
     Failure,
-    FrameReceiver,
     Hello,
     Nothing,
     Operation,
     Progress,
     Rewind,
     TorchDevice,
-    advance,
 )
 from mycel.protocol.errors import MycelError
-from mycel.protocol.frame import Frame, FrameKind, pack
+from mycel.protocol.frame import Frame, FrameKind
 from mycel.protocol.mesh import Buffer
 
 Req = TypeVar("Req")
@@ -64,30 +62,6 @@ class Doubtful(Exception):
     def __init__(self, failure: Failure, status: int) -> None:
         self.failure = failure
         self.status = status
-
-
-class Connection:
-    """The socket to the daemon, in blocking frames."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._receiver = FrameReceiver()
-
-    def receive(self) -> Frame | None:
-        """The next frame; None when the daemon is gone. Raises `RemoteProtocolError`."""
-        while (frame := self._receiver.next()) is None:
-            count = self._sock.recv_into(self._receiver.room())
-            if not count:
-                return None
-            self._receiver.got(count)
-        return frame
-
-    def send(self, kind: FrameKind, number: int, content: tuple[bytes, list[Buffer]]) -> None:
-        """Send one frame, raw buffers from where they lie."""
-        parts = pack(kind, number, content[0], raws=content[1])
-        while parts:
-            sent = self._sock.sendmsg(parts[:GATHER_MAX])
-            parts = advance(parts, sent)
 
 
 class Worker:

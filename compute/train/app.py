@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mycel.compute.train.layout import Arrays
-from mycel.compute.train.strategy import Setting
+from mycel.compute.train.trade import Setting
 from mycel.protocol.errors import UsageProblem
 
 Model = Mapping[str, Any]

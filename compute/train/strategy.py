@@ -27,12 +27,10 @@ from numpy.typing import NDArray
 
 from mycel.compute.train import robust
 from mycel.compute.train.layout import Flat
+from mycel.compute.train.trade import Setting
 from mycel.protocol.errors import UsageProblem
 
 Rows = NDArray[np.float32]
-Setting = str | int | float | bool
-"""One setting of a job or an application, as TOML can say it."""
-
 DEFAULT_ROBUST = "multi-krum"
 WORKER_MOMENTUM = 0.9
 _CHUNK = 1 << 18
