@@ -77,9 +77,8 @@ def test_a_member_is_found_and_dialled_by_its_id_alone_wherever_it_is(town, monk
                 and not one.contacts.holds(asker.host.peer_id)
             )
             asker.host.disconnect(other.host.peer_id, "unused")
-            await trio.sleep(1)
             asker.discovery.kad.table.forget(other.host.peer_id)
-            assert other.host.peer_id not in asker.host.peers
+            await t.until(lambda: other.host.peer_id not in asker.host.peers)
             return other, other.host.peer_id
 
         wanted, peer = await part(nodes[0], nodes)
@@ -87,12 +86,8 @@ def test_a_member_is_found_and_dialled_by_its_id_alone_wherever_it_is(town, monk
         await nodes[0].discovery.connect(peer)
         assert peer in nodes[0].host.peers
 
-        relays = home.reach.circuits.relays
-        far = next(
-            one
-            for one in nodes
-            if one.host.peer_id not in relays and not home.contacts.holds(one.host.peer_id)
-        )
+        unfit = [*home.reach.circuits.relays, *home.contacts._table]
+        far = next(one for one in nodes if one.host.peer_id not in unfit)
         await part(far, [home])
         assert "p2p-circuit" in (await far.discovery.find(home.host.peer_id))[-1]
         await far.discovery.connect(home.host.peer_id)
