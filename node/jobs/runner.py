@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from mycel.dht.block.exchange import Exchange
 from mycel.dht.doc.sync import Documents
+from mycel.node.jobs.kinds import Spec
 from mycel.node.jobs.lease import Lease
 from mycel.node.jobs.spec import Blob, Job
 from mycel.protocol.errors import LocalProtocolError, MycelError
@@ -97,7 +98,8 @@ class Context(Protocol):
         those of the same name. Any peer sees it. Never waits. The coordinator's only."""
 
     async def keep(self, content: bytes | Path) -> Blob:
-        """Keep bytes, or a file's, as blocks here and at other electors of the job, until it is forgotten.
+        """Keep bytes, or a file's, as blocks here, until the next checkpoint: name it in that, and it is
+        kept here and at other electors as long as that checkpoint is the last.
 
         Raises what the block store raises. The coordinator's only.
         """
@@ -108,8 +110,9 @@ class Context(Protocol):
     async def artefact(self, name: str, content: bytes | Path) -> Blob:
         """Keep a result of the job under a file name; `mycel pull` fetches it. The coordinator's only."""
 
-    async def checkpoint(self, state: bytes) -> None:
-        """From here on `resume` gives this, at whichever peer. The coordinator's only."""
+    async def checkpoint(self, state: bytes, blobs: Sequence[Blob] = ()) -> None:
+        """From here on `resume` gives this, at whichever peer. `blobs` are all those that `state` refers to.
+        The coordinator's only."""
 
     async def resume(self) -> bytes | None:
         """What was checkpointed last, None where nothing was. Raises `DeadlineExceeded` where it is gone."""
@@ -129,14 +132,23 @@ class Runner(Protocol):
         """Work for the job at this node."""
 
 
+@runtime_checkable
+class Checker(Protocol):
+    """What a runner may have besides: a look at a job before it is submitted."""
+
+    async def check(self, spec: Spec, files: Mapping[str, bytes | Path]) -> None:
+        """Raise `JobInvalid` for a spec or files (by key) that can only fail."""
+
+
 class Services(msgspec.Struct, frozen=True):
     """What runners are made of, at the start of a node: they serve their methods then."""
 
     mesh: Mesh
     rpc: Rpc
     documents: Documents
-    blocks: Exchange
     fence: Fence
+    takes_part: bool
+    """Whether this node's owner lets it work for jobs."""
 
 
 class Runners:
