@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mycel.compute.train.layout import Arrays
+from mycel.compute.train.rows import Arrays
 from mycel.compute.train.trade import Setting
 from mycel.protocol.errors import UsageProblem
 

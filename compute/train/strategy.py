@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mycel.compute.train import robust
-from mycel.compute.train.layout import Flat
+from mycel.compute.train.rows import Flat
 from mycel.compute.train.trade import Setting
 from mycel.protocol.errors import UsageProblem
 

@@ -15,6 +15,7 @@ import msgspec
 
 from mycel.compute.engine import EngineLost
 from mycel.compute.pipe import Nothing, Operation
+from mycel.compute.train.layout import Layout
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.limits import MIB
 from mycel.protocol.tensor import Tensor
@@ -69,14 +70,6 @@ class Source(msgspec.Struct, frozen=True):
         return self
 
 
-class LayoutWord(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a layout, as `mycel.compute.train.layout.Entry` reads it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class StartAsk(msgspec.Struct, frozen=True):
     """Make the first model of a job."""
 
@@ -88,7 +81,7 @@ class StartAsk(msgspec.Struct, frozen=True):
 class Begun(msgspec.Struct, frozen=True):
     """A first model: a row of float32, and how it lies in it."""
 
-    layout: tuple[LayoutWord, ...]
+    layout: Layout
     model: Tensor
 
 
@@ -98,7 +91,7 @@ class WorkAsk(msgspec.Struct, frozen=True):
     app: str
     job: str
     number: int
-    layout: tuple[LayoutWord, ...]
+    layout: Layout
     model: Tensor
     settings: dict[str, Setting]
     seed: int

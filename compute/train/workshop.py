@@ -21,20 +21,11 @@ from typing import Any
 import numpy as np
 
 from mycel.compute.train.app import App, Judged, Task, Trained, as_arrays
-from mycel.compute.train.layout import (
-    Entry,
-    Flat,
-    Layout,
-    check_finite,
-    flatten,
-    layout_of,
-    row_of,
-    unflatten,
-)
+from mycel.compute.train.layout import Layout
+from mycel.compute.train.rows import Flat, check_finite, flatten, layout_of, row_of, unflatten
 from mycel.compute.train.trade import (
     BUNDLE_ENTRY,
     Begun,
-    LayoutWord,
     Source,
     StartAsk,
     WorkAsk,
@@ -87,21 +78,20 @@ class Workshop:
         app = self._app(ask.app)
         if app.starts is None:
             raise UsageProblem(
-                f"application {ask.app!r} has no function under @app.start: write one, or give the job a start"
+                f"application {ask.app!r} has no function under @app.start, and the job no first model"
             )
         task = Task({}, ask.settings, Path(), 0, ask.seed, self._cache(ask.app))
         arrays = as_arrays(app.starts(task))
         layout = layout_of(arrays).check(MODEL_BYTES_MAX)
         flat = flatten(arrays, layout)
         check_finite(flat)
-        words = tuple(LayoutWord(entry.name, entry.shape, entry.dtype) for entry in layout.entries)
-        return Begun(words, Tensor("float32", (layout.size,), flat.data.cast("B")))
+        return Begun(layout, Tensor("float32", (layout.size,), flat.data.cast("B")))
 
     def work(self, ask: WorkAsk) -> WorkDone:
         """Judge and train as asked. Raises `UsageProblem`, `Refused`, and what the application raises."""
         began = self._clock()
         app = self._app(ask.app)
-        layout = Layout(tuple(Entry(word.name, word.shape, word.dtype) for word in ask.layout))
+        layout = ask.layout
         model = row_of(ask.model.data, layout)
         judged, trained, update = Judged(0, {}), None, None
         if ask.evaluate:

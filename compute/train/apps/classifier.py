@@ -155,6 +155,8 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
             for name in archive.namelist():
                 with archive.open(name) as file:
                     found[name.removesuffix(".npy")] = npy.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageProblem(f"{path.name} cannot be read as .npz: {error}") from error
+    except OSError as error:  # without the path, which is this node's own business
+        raise UsageProblem(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UsageProblem(f"{path.name} cannot be read as .npz: {error}") from None
     return found
