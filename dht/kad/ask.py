@@ -97,6 +97,7 @@ class Asker:
             self._in_use[peer] -= 1
             if not self._in_use[peer]:
                 del self._in_use[peer]
+                self._close_unused()
         now = trio.current_time()
         if answer is None:
             self.unanswered += 1
@@ -124,7 +125,7 @@ class Asker:
         contact = contact_of(info)
         if self._answers(info):
             self._table.on_alive(contact, host_of(info), trio.current_time())
-        elif info.protocols:
+        elif is_identified(info):
             self._table.forget(peer)  # it says that it answers no questions, or no more
         self.touch(peer)
         return contact
@@ -161,7 +162,7 @@ class Asker:
         peer = contact.peer
         await self.connect(contact)
         info = self._mesh.peers.get(peer)
-        if info is not None and info.protocols and not self._answers(info):
+        if info is not None and is_identified(info) and not self._answers(info):
             self._table.forget(peer)
             raise Refused(f"{peer} answers no questions", reason="protocol")
         stream = await self._mesh.open_stream(peer, self._protocol(peer))
@@ -229,6 +230,11 @@ class Asker:
 def access_to(protocol: str) -> Access:
     """Who may ask over `protocol`: members, and over libp2p's own, where it is served, anybody."""
     return Access.STRANGER if protocol == FOREIGN_PROTOCOL else Access.MEMBER
+
+
+def is_identified(info: PeerInfo) -> bool:
+    """Whether the peer said what it serves."""
+    return bool(info.agent or info.protocols)
 
 
 def contact_of(info: PeerInfo) -> Contact:

@@ -51,6 +51,7 @@ class Upkeep:
             now = trio.current_time()
             self._kad.answerer.records.expire(self._mesh.wall())
             self._kad.answerer.providers.expire(now)
+            self._kad.asker.meet_changed()
             await self._join(now)
             await self._check(now)
             await self._refresh(now)
