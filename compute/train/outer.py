@@ -9,7 +9,7 @@ takes one step of Nesterov's momentum (DiLoCo, Douillard et al. 2023, arXiv 2311
 Every operation is one multiplication or one addition of float32 at a time, which IEEE 754 rounds the same on
 every machine: peers that saw the same averages hold the same weights, to the bit, and can tell by a hash.
 
-Where the average comes one outer step late (`compute.train.diloco`, overlap), two things keep it from doing
+Where the average comes one outer step late (`compute.train.border`, overlap), two things keep it from doing
 harm, both in the spirit of CO2 (Sun et al. 2024, arXiv 2401.16265, section 3): an average is weighted down by
 how far the weights have moved since it was computed (**staleness penalty**), and the momentum is kept from
 growing past a bound (**momentum clipping**). Both are computed from numbers that all peers share.
@@ -59,8 +59,6 @@ class Outer:
         self.options = options
         self.weights: Flat = np.array(weights, dtype=np.float32)
         self.momentum: Flat = np.zeros_like(self.weights)
-        self.steps = 0
-        """Outer steps taken so far."""
 
     def step(self, delta: Flat, weight: float = 1.0) -> None:
         """Move by the average pseudo-gradient `delta`, shape [count], counted `weight` times.
@@ -87,7 +85,6 @@ class Outer:
             step += delta[part] * share
             step *= rate
             self.weights[part] -= step
-        self.steps += 1
 
     def _clip(self, longest: float) -> None:
         length = norm(self.momentum)

@@ -45,21 +45,25 @@ class Peers(Protocol):
     def count(self) -> int:
         """Members now, this peer included."""
 
-    def all_reduce(self, array: Array, *, op: str = "avg", tag: str = "", codec: str = "") -> Reduced:
+    def all_reduce(
+        self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None
+    ) -> Reduced:
         """Replace `array` by the sum, average, smallest or largest (`op`) over all members.
 
         `codec` "int8" or "int4" sends blocks of small integers with a scale each. Raises `PeersGone`; the
         array is then as it was.
         """
 
-    def begin_all_reduce(self, array: Array, *, op: str = "avg", tag: str = "", codec: str = "") -> Pending:
+    def begin_all_reduce(
+        self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None
+    ) -> Pending:
         """The same, without waiting: the caller neither reads nor writes `array` until `wait` returned."""
 
     def is_awaited(self, tag: str) -> bool:
         """Whether another member waits for this one in the next reduction under `tag`. Costs nothing."""
 
-    def sync(self, state: Mapping[str, Array], revision: int) -> int:
-        """A border: admit who wants in, and agree on `state`; the revision that it now is.
+    def sync(self, state: Mapping[str, Array]) -> bool:
+        """A border: admit who wants in, and agree on `state`; whether this peer's was replaced.
 
         Members compare hashes; whoever differs from the majority (a newcomer, or one that missed a step) gets
         what differs, in place, from the others, who go on meanwhile. Every member calls it at the same border

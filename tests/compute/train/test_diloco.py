@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mycel.compute.train.diloco import DataParallel, DiLoCo, DiLoCoOptions
+from mycel.compute.train.border import BorderOptions
+from mycel.compute.train.diloco import DataParallel, DiLoCo
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Outer, OuterOptions
 from mycel.compute.train.peers import PeersGone, Reduced
@@ -45,24 +46,26 @@ class Seat:
     def count(self):
         return self.table.seats
 
-    def all_reduce(self, array, *, op="avg", tag="", codec=""):
+    def all_reduce(self, array, *, op="avg", tag="", codec=None):
         if self.table.broken:
             raise PeersGone("no quorum")
         sums = np.sum([one[0] for one in self.table.meet(self.seat, [array])], axis=0, dtype=array.dtype)
         array[:] = sums / self.count if op == "avg" else sums
         return Reduced(self.count, self.table.epoch)
 
-    def begin_all_reduce(self, array, *, op="avg", tag="", codec=""):
+    def begin_all_reduce(self, array, *, op="avg", tag="", codec=None):
         return Later(self, array, op)
 
     def is_awaited(self, tag):
         return self.awaited()
 
-    def sync(self, state, revision):
+    def sync(self, state):
         everybody = self.table.meet(self.seat, list(state.values()))
-        for mine, theirs in zip(state.values(), everybody[0], strict=True):
+        pairs = list(zip(state.values(), everybody[0], strict=True))
+        differs = not all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        for mine, theirs in pairs:
             mine[...] = theirs
-        return revision
+        return differs
 
 
 @dataclass
@@ -133,7 +136,7 @@ def train(seat, options, steps, *, seed=None, on_border=None):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_peers_end_with_the_same_bits_whatever_they_began_with(overlap):
-    runs = together(3, lambda seat: train(seat, DiLoCoOptions(every=4, overlap=overlap), 18))
+    runs = together(3, lambda seat: train(seat, BorderOptions(every=4, overlap=overlap), 18))
     weights = [run[0] for run in runs]
     assert all(np.array_equal(weights[0], other) for other in weights[1:])
     assert not np.array_equal(weights[0], FlatModule(a_model()).read())
@@ -144,7 +147,7 @@ def test_peers_end_with_the_same_bits_whatever_they_began_with(overlap):
 
 def test_it_is_the_papers_algorithm():
     """Against the algorithm written out: local runs, their average, Nesterov."""
-    runs = together(2, lambda seat: train(seat, DiLoCoOptions(every=3), 6, seed=0))
+    runs = together(2, lambda seat: train(seat, BorderOptions(every=3), 6, seed=0))
 
     shared = Outer(FlatModule(a_model()).read(), OuterOptions())
     generators = [torch.Generator().manual_seed(100 + number) for number in range(2)]
@@ -170,7 +173,7 @@ def test_who_is_awaited_comes_early_and_counts_for_the_steps_it_took():
 
     def work(seat):
         model = a_model()
-        options = DiLoCoOptions(every=8, outer=OuterOptions(rate=1.0, momentum=0.0))
+        options = BorderOptions(every=8, outer=OuterOptions(rate=1.0, momentum=0.0))
         diloco = DiLoCo(model, seat, options)
         flat = FlatModule(model)
         starts[seat.seat] = flat.read()
@@ -193,7 +196,7 @@ def test_who_is_awaited_comes_early_and_counts_for_the_steps_it_took():
 def test_without_a_quorum_nothing_moves_and_the_next_border_has_it_all():
     def work(seat):
         model = a_model()
-        diloco = DiLoCo(model, seat, DiLoCoOptions(every=2, outer=OuterOptions(rate=1.0, momentum=0.0)))
+        diloco = DiLoCo(model, seat, BorderOptions(every=2, outer=OuterOptions(rate=1.0, momentum=0.0)))
         flat = FlatModule(model)
         start = flat.read()
         flat.write(start - np.float32(1))
@@ -211,22 +214,6 @@ def test_without_a_quorum_nothing_moves_and_the_next_border_has_it_all():
         np.testing.assert_allclose(flat.read(), start - 2, atol=1e-5)
 
     together(1, work)
-
-
-def test_a_checkpoint_goes_on_where_it_was_with_another_number_of_peers():
-    options = DiLoCoOptions(every=2)
-    before = together(3, lambda seat: train(seat, options, 6))[0][1]
-    state = {name: row.copy() for name, row in before.state().items()}
-
-    def resume(seat):
-        diloco = DiLoCo(a_model(7), seat, options)
-        diloco.load_state(state["weights"], state["momentum"], before.outer_steps)
-        return diloco
-
-    for after in together(2, resume):
-        assert after.outer_steps == 3
-        for name, row in after.state().items():
-            assert np.array_equal(row, state[name])
 
 
 def test_averaged_gradients_are_the_gradients_of_all_data():
