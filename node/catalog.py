@@ -2,12 +2,12 @@
 
 Every node states on the board, for each model of which it keeps some, the root's name and what of it is here
 (`RootFact`). So a model is found by its name or root wherever a member has it, and who fetches knows whom to
-ask first. The facts are for finding alone: what is fetched is asked of every connected member, and checked by
-its name.
+ask first; beyond those in sight Kademlia tells (`mycel.node.providers`). The facts are for finding alone:
+what is fetched is asked of every connected member, and checked by its name.
 
 To be loaded, layers are laid out as files in `models/` of the node's home, the small files (config,
-tokenizer) first: they are enough to decide which layers to take. One fetch of a model at a time, for each adds
-to what is pinned; different models do not wait for each other.
+tokenizer) first: they are enough to decide which layers to take. One fetch of a model at a time, for each
+adds to what is pinned; different models do not wait for each other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mycel.dht.block.manifest import EDGE, MODEL_PIN, pin_name
 from mycel.dht.block.model import Model, Sources, fetch_manifest, fetch_model, lay_out, read_model
 from mycel.dht.block.safetensor import find_files
 from mycel.node.blocks import Blocks
+from mycel.node.providers import Providers
 from mycel.protocol.board import Board
 from mycel.protocol.cid import Cid, cid_text, parse_cid
 from mycel.protocol.errors import RemoteProtocolError, UsageProblem
@@ -61,6 +62,8 @@ class Catalog:
     def __init__(self, blocks: Blocks, board: Board, me: PeerId, folder: Path) -> None:
         self.looked = trio.Event()
         """Set once it is known what is kept here."""
+        self.providers: Providers | None = None
+        """Tells of models, and finds them, beyond those in sight."""
         self._blocks = blocks
         self._board = board
         self._me = me
@@ -70,8 +73,15 @@ class Catalog:
         self._turns: dict[Cid, trio.Lock] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Announce what is here from before; started at once, returns when that is done."""
+        """Announce what is here until cancelled; started at once."""
         task_status.started()
+        async with trio.open_nursery() as nursery:
+            if self.providers is not None:
+                nursery.start_soon(self.providers.run)
+            await self._look_at_all()
+            self.looked.set()
+
+    async def _look_at_all(self) -> None:
         store = (await self._blocks.exchange()).store
         for pin in [name for name in store.pins() if name.startswith(MODEL_PIN)]:
             root = parse_cid(pin.removeprefix(MODEL_PIN))
@@ -79,7 +89,6 @@ class Catalog:
                 await store.unpin(pin)
                 continue
             await self._look(root)
-        self.looked.set()
 
     # --- finding
 
@@ -158,7 +167,7 @@ class Catalog:
         """A directory with the small files, enough to choose layers by. Raises as `fetch_manifest`."""
         exchange = await self._blocks.exchange()
         async with self._turn(root):
-            model = await fetch_manifest(exchange, root, sources=self._sources(root))
+            model = await fetch_manifest(exchange, root, sources=await self._sources(root))
             directory = await lay_out(exchange.store, model, self._folder)
             await self._look(root)
         return directory
@@ -178,6 +187,8 @@ class Catalog:
                 raise UsageProblem(f"nothing of {self.name_of(root)} is kept here; see `mycel models list`")
             self._own.pop(root, None)
             self._board.withdraw(ROOT_KEY + cid_text(root))
+            if self.providers is not None:
+                self.providers.withdraw(root)
             await store.unpin(pin_name(root))
             await trio.to_thread.run_sync(
                 partial(shutil.rmtree, self._folder / cid_text(root), ignore_errors=True)
@@ -187,13 +198,22 @@ class Catalog:
         exchange = await self._blocks.exchange()
         say = None if progress is None else partial(progress, "fetching")
         try:
-            return await fetch_model(exchange, root, span, sources=self._sources(root), progress=say)
+            sources = await self._sources(root)
+            return await fetch_model(exchange, root, span, sources=sources, progress=say)
         finally:
             with trio.CancelScope(shield=True):  # what came stays, and is announced
                 await self._look(root)
 
-    def _sources(self, root: Cid) -> Sources:
-        return Sources(first=[peer for peer in self.known().get(root, {}) if peer != self._me])
+    async def _sources(self, root: Cid) -> Sources:
+        """Whom to ask first: those who announce the model, or provide it."""
+        peers = [peer for peer in self.known().get(root, {}) if peer != self._me]
+        if self.providers is not None and not self._is_all_here(root):
+            peers = await self.providers.meet(root, peers)
+        return Sources(first=peers)
+
+    def _is_all_here(self, root: Cid) -> bool:
+        own = self._own.get(root)
+        return own is not None and own.edge and own.held == (((0, own.layers),) if own.layers else ())
 
     def _turn(self, root: Cid) -> trio.Lock:
         return self._turns.setdefault(root, trio.Lock())
@@ -204,6 +224,8 @@ class Catalog:
         if model is None:
             return
         self._own[root] = fact = _fact_of(model)
+        if self.providers is not None:
+            self.providers.tell(root)
         if len(self._announced) < ROOTS_MAX or root in self._announced:
             self._announced[root] = None
             self._board.publish(ROOT_KEY + cid_text(root), msgspec.msgpack.encode(fact))

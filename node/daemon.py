@@ -53,6 +53,7 @@ from mycel.node.host import Host
 from mycel.node.lapse import end_lapsed
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
+from mycel.node.providers import Providers
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
@@ -127,6 +128,7 @@ async def run(
     reach = Reach(config, outward, host, contacts, gather)
     discovery = Discovery(config, host, contacts, gather, reach, papers.memory)
     discovery.hold_blocks(blocks)
+    catalog.providers = Providers(host, discovery)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
     async with trio.open_nursery() as nursery:

@@ -45,7 +45,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     beside: bool = False
     """Take of the layers that lost their last holder, beside the stages that this node has of the model."""
     bring: Callable[[Span], Awaitable[None]] | None = None
-    """Brings the files of the layers that were chosen, before they are loaded. What it raises ends the stage."""
+    """Brings the files of the layers that were chosen, before they are loaded. Raises to end the stage."""
 
 
 class Served:

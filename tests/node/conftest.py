@@ -13,8 +13,10 @@ import trio
 from mycel.compute.inline import InlineEngine
 from mycel.compute.model.tiny import tiny_model
 from mycel.compute.tokenizer import byte_level_tokenizer_files
+from mycel.dht.block.memory import memory_store
 from mycel.dht.doc.store import DocumentStore, VolatileStore
 from mycel.node import daemon
+from mycel.node.blocks import OpenStore
 from mycel.node.config import Config
 from mycel.node.memory import FolderMemory
 from mycel.node.running import Node
@@ -43,7 +45,8 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_node(tmp_path: Path) -> NodeMaker:
     """`async with make_node("name", ticket=..., web=True, **settings) as node`.
 
-    A step of its engine takes at least `step_s` seconds. `store` keeps its documents.
+    A step of its engine takes at least `step_s` seconds. `store` keeps its documents, `open_store` opens its
+    store of blocks.
     """
 
     @asynccontextmanager
@@ -54,6 +57,7 @@ def make_node(tmp_path: Path) -> NodeMaker:
         web: bool = False,
         step_s: float = 0.0,
         store: DocumentStore | None = None,
+        open_store: OpenStore = memory_store,
         **settings: object,
     ) -> AsyncIterator[Node]:
         flags = {"home": str(tmp_path / name), "label": name, "preset": "local", "assign": False, **settings}
@@ -67,8 +71,8 @@ def make_node(tmp_path: Path) -> NodeMaker:
             parsed = parse_ticket(ticket)
             trust = join_swarm(config.home, parsed, now=network.wall(), entropy=network.entropy)
             bootstrap = parsed.bootstrap
-        kept = store or VolatileStore()
-        papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap, kept)  # type: ignore[arg-type]
+        kept = (store or VolatileStore(), open_store)
+        papers = daemon.Papers(trust.identity, trust.credentials, trust.keep, memory, bootstrap, *kept)  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             engine = partial(InlineEngine, cost=lambda works: step_s)
             node: Node = await nursery.start(daemon.run, config, network, engine, papers)

@@ -15,6 +15,8 @@ import trio
 
 from mycel.compute.infer.request import GenerateRequest
 from mycel.dht.block.manifest import pin_name
+from mycel.node import catalog
+from mycel.node.blocks import store_in
 from mycel.node.catalog import spans_of
 from mycel.node.client import Client, ControlError
 from mycel.node.running import Node
@@ -144,6 +146,44 @@ async def test_kept_models_are_added_got_listed_and_removed(
         (one,) = await kept(b)
         assert one["here"] is None
         assert not (await b.blocks.exchange()).store.pins()
+
+
+async def test_a_node_that_ended_in_mid_fetch_goes_on_where_it_was(
+    make_node: NodeMaker, ticket_of: TicketOf, wait_until: WaitUntil, byte_model: Path, tmp_path: Path
+) -> None:
+    disk = partial(store_in, tmp_path / "blocks", 0)
+    async with make_node("a", upload_bytes_per_s=100_000) as a:
+        root = await a.catalog.add(byte_model, "tiny")
+        total = (await a.blocks.exchange()).store.used_bytes
+        async with make_node("b", ticket=ticket_of(a), open_store=disk) as b, trio.open_nursery() as nursery:
+            exchange = await b.blocks.exchange()
+            nursery.start_soon(b.catalog.get, root, None)
+            await wait_until(lambda: exchange.bytes_received > total / 4)
+            nursery.cancel_scope.cancel()
+        async with make_node("b", ticket=ticket_of(a), open_store=disk) as b:
+            exchange = await b.blocks.exchange()
+            await b.catalog.looked.wait()
+            kept = exchange.store.used_bytes
+            assert total / 4 < kept < total
+            assert held(b, root) != (((0, 4),), True)
+            await b.catalog.get(root, None)
+            assert held(b, root) == (((0, 4),), True)
+            assert exchange.bytes_received == total - kept
+            assert exchange.store.quota_bytes > 0
+
+
+async def test_a_model_is_found_by_its_root_where_no_fact_tells_of_it(
+    make_node: NodeMaker, ticket_of: TicketOf, byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "ROOTS_MAX", 0)
+    async with make_node("a") as a, make_node("b", ticket=ticket_of(a)) as b:
+        root = await a.catalog.add(byte_model, "tiny")
+        assert b.catalog.providers is not None
+        with trio.fail_after(30):
+            while await b.catalog.providers.meet(root, []) != [a.host.peer_id]:  # noqa: ASYNC110 told later
+                await trio.sleep(0.05)
+            await b.catalog.get(root, (0, 1))
+        assert held(b, root) == (((0, 1),), True)
 
 
 async def test_a_name_that_several_have_is_told_apart_by_root(
