@@ -123,14 +123,19 @@ def test_a_node_that_ceases_to_answer_hands_over_what_it_keeps(town):
     async def scenario(town):
         (author, kad), (mesh, keeper) = town.nodes[0], town.nodes[5]
         await kad.put("name", b"value")
-        keeper.serve(False)
         await town.grow(4)
+        name = kad.own_record("name").name
+
+        def newcomers_hold():
+            wall = town.world.wall()
+            return [other.answerer.records.get(name, wall) is not None for _, other in town.nodes[-4:]]
+
+        assert not any(newcomers_hold())
+        keeper.serve(False)
         await trio.sleep(30)
+        assert all(newcomers_hold())
         assert not any(mesh.peer_id in other.table for one, other in town.nodes if mesh.peer_id in one.peers)
         assert (await keeper.put("own", b"asks still")).replicas > 10
-        name = kad.own_record("name").name
-        held = [other.answerer.records.get(name, town.world.wall()) for _, other in town.nodes[-4:]]
-        assert all(record is not None for record in held), "newcomers were told by who went"
         keeper.serve(True)
         await trio.sleep(1)
         assert (await town.nodes[-1][1].find_peer(mesh.peer_id)) is not None
