@@ -48,6 +48,8 @@ class Control:
             ("GET", "/control/status"): self._status,
             ("GET", "/control/peers"): self._peers,
             ("GET", "/control/models"): self._models,
+            ("GET", "/control/away/peers"): self._away,
+            ("GET", "/control/away/models"): self._away_models,
             ("GET", "/control/reports"): self._reports,
             ("POST", "/control/ticket"): self._ticket,
             ("POST", "/control/serve"): self._serve,
@@ -92,6 +94,12 @@ class Control:
 
     async def _models(self, body: bytes) -> object:
         return self._node.models()
+
+    async def _away(self, body: bytes) -> object:
+        return self._node.members.away()
+
+    async def _away_models(self, body: bytes) -> object:
+        return self._node.members.away_models()
 
     async def _reports(self, body: bytes) -> object:
         return self._node.reports()

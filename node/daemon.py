@@ -145,6 +145,7 @@ async def run(
         await nursery.start(blocks.run)
         await nursery.start(catalog.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
+        nursery.start_soon(node.members.run)
         nursery.start_soon(end_lapsed, membership, host)
         nursery.start_soon(_lend, config, lender, assigner)
         task_status.started(node)

@@ -22,6 +22,7 @@ from mycel.node.discovery import Discovery
 from mycel.node.gather import Gather
 from mycel.node.host import Host
 from mycel.node.lend import Lender
+from mycel.node.members import Members
 from mycel.node.reach.reach import Reach
 from mycel.node.views import (
     HolderView,
@@ -89,7 +90,12 @@ class Node:
     ended: trio.Event = field(default_factory=trio.Event)
     """Set once its sessions moved, or had their time to."""
     tally: Tally = field(default_factory=Tally)
+    members: Members = field(init=False)
+    """What nodes write of themselves, and what is known of members that are away."""
     _reports: deque[Report] = field(default_factory=lambda: deque(maxlen=REPORTS_MAX))
+
+    def __post_init__(self) -> None:
+        self.members = Members(self)
 
     def stop(self) -> None:
         """Leave the swarm in order, then end: sessions move to others, for at most `config.leave_s`."""

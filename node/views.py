@@ -97,7 +97,7 @@ class StatusView(msgspec.Struct, frozen=True):
 
 
 class PeerView(msgspec.Struct, frozen=True):
-    """A connected peer."""
+    """A connected peer, or a member that is away: `path` says so."""
 
     peer: str
     label: str
@@ -110,6 +110,8 @@ class PeerView(msgspec.Struct, frozen=True):
     connected_s: float
     serves: tuple[str, ...]
     """MODEL@i:j of each stage it says it holds."""
+    seen: float = 0.0
+    """Of a member that is away: when it was last heard of, seconds since 1970."""
 
 
 class HolderView(msgspec.Struct, frozen=True):

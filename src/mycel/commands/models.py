@@ -63,12 +63,17 @@ def models(context: click.Context, home: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(told)
         return
+    away = {model["fingerprint"]: model for model in client_of(home).get("away/models")}
     rows = []
     for model in told:
         missing = ", ".join(f"{start}:{end}" for start, end in model["missing"])
         state = "ready" if model["complete"] else f"missing {missing}"
-        holders = ", ".join(_held(one) for one in model["holders"])
+        gone = away.pop(model["fingerprint"], {"holders": []})
+        holders = ", ".join(_held(one) for one in [*model["holders"], *gone["holders"]])
         rows.append((model["name"], model["architecture"], str(model["layers"]), state, holders))
+    for model in away.values():
+        holders = ", ".join(_held(one) for one in model["holders"])
+        rows.append((model["name"], model["architecture"], str(model["layers"]), "away", holders))
     print_table(("model", "architecture", "layers", "state", "held by"), rows)
     if not rows:
         click.echo("none yet; `mycel serve MODEL` lends one", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,32 @@ def _stage_rows(stage: dict[str, Any]) -> list[tuple[str, str]]:
 
 @click.command()
 @home_option
+@click.option("--away", is_flag=True, help="Only members that are known and not connected.")
 @json_option
-def peers(home: Path | None, as_json: bool) -> None:
-    """Who is connected."""
-    told = client_of(home).get("peers")
+def peers(home: Path | None, away: bool, as_json: bool) -> None:
+    """Who is connected, and which other members are known."""
+    told = client_of(home).get("away/peers" if away else "peers")
     if as_json:
         print_json(told)
         return
+    gone = told if away else client_of(home).get("away/peers")
+    if not away:
+        _print_connected(told)
+    if gone:
+        rows = [
+            (
+                one["label"],
+                one["peer"],
+                f"{seconds(max(0.0, time.time() - one['seen']))} ago",
+                one["addr"],
+                " ".join(one["serves"]),
+            )
+            for one in gone
+        ]
+        print_table(("away", "peer", "last heard of", "last address", "served"), rows)
+
+
+def _print_connected(told: Sequence[dict[str, Any]]) -> None:
     rows = [
         (
             one["label"],
