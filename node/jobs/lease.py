@@ -109,9 +109,8 @@ class Elector:
         """`candidate` wants the lease of `job` for `epoch`."""
         last = self.promises.get(job)
         if last is not None:
-            is_same = last == Promise(epoch, candidate)
             is_taken = last.holder != candidate and now < self._until[job]
-            if not is_same and (epoch <= last.epoch or is_taken):
+            if epoch <= last.epoch or is_taken:  # the same candidate too: it may have died since and forgot
                 return self._answer(job, False, now)
         if not 0 < epoch <= self._limits.epoch_max:
             return self._answer(job, False, now)

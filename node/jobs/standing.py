@@ -53,8 +53,9 @@ class Holding:
         """Ask one elector again and again; those who did not vote yet may still."""
         while True:
             await trio.sleep(self._candidate.limits.renew_s)
-            method = RENEW if elector in self._ballot.promised else ASK
-            await self._candidate.ask(method, elector, self._ballot)
+            reply = await self._candidate.ask(RENEW, elector, self._ballot)
+            if reply is not None and reply.answer.epoch < self._ballot.epoch:
+                await self._candidate.ask(ASK, elector, self._ballot)
 
     async def release(self) -> None:
         """Others need not wait for its end."""

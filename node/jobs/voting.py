@@ -97,7 +97,7 @@ class Done(msgspec.Struct, frozen=True):
     """It was done."""
 
 
-ASK = Method("jobs.ask", Ask, AskReply, access=Access.MEMBER, idempotent=True)
+ASK = Method("jobs.ask", Ask, AskReply, access=Access.MEMBER)
 RENEW = Method("jobs.renew", Ask, AskReply, access=Access.MEMBER, idempotent=True)
 RELEASE = Method("jobs.release", Ask, Done, access=Access.MEMBER, idempotent=True)
 NOTE = Method("jobs.note", Note, Done, access=Access.MEMBER, idempotent=True)
