@@ -76,6 +76,7 @@ def families(node: Node) -> Iterator[Family]:
     yield _counter("mycel_tokens_total", "Tokens generated for this node's clients.", tally.tokens)
     yield _counter("mycel_failovers_total", "Recoveries of those generations.", tally.failovers)
     yield from _kademlia(node.discovery.kad)
+    yield from _blocks(node)
 
 
 def _kademlia(kad: Kademlia) -> Iterator[Family]:
@@ -96,6 +97,25 @@ def _kademlia(kad: Kademlia) -> Iterator[Family]:
     yield _counter("mycel_kad_asked_total", "Questions to others.", kad.asker.asked)
     yield _counter("mycel_kad_unanswered_total", "Those without an answer.", kad.asker.unanswered)
     yield _counter("mycel_kad_bytes_total", "Bytes of questions and answers.", kad.asker.bytes)
+
+
+def _blocks(node: Node) -> Iterator[Family]:
+    """What is kept and exchanged as blocks; nothing while the store is being opened."""
+    exchange = node.blocks.exchange_now
+    if exchange is None:
+        return
+    store, uploads = exchange.store, exchange.uploads
+    yield _gauge("mycel_block_store_bytes", "Bytes of blocks here.", store.used_bytes)
+    yield _gauge("mycel_block_store_quota_bytes", "What they may take.", store.quota_bytes)
+    yield _counter("mycel_blocks_received_total", "Blocks that came and were kept.", exchange.blocks_received)
+    yield _counter("mycel_block_bytes_received_total", "Their bytes.", exchange.bytes_received)
+    yield _counter("mycel_blocks_sent_total", "Blocks sent to others.", uploads.blocks_sent)
+    yield _counter("mycel_block_bytes_sent_total", "Their bytes.", uploads.bytes_sent)
+    yield _counter(
+        "mycel_blocks_corrupt_total", "Blocks that were not what they were named.", exchange.corrupt
+    )
+    broken = {"rules": exchange.broken, "too_many": uploads.refused}
+    yield _by("reason", "mycel_block_streams_refused_total", "Streams of blocks cut off.", broken)
 
 
 def _gauge(name: str, text: str, value: float) -> Family:

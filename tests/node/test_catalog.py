@@ -19,6 +19,7 @@ from mycel.node import catalog
 from mycel.node.blocks import store_in
 from mycel.node.catalog import spans_of
 from mycel.node.client import Client, ControlError
+from mycel.node.metrics import render
 from mycel.node.running import Node
 from mycel.protocol.cid import Cid
 from mycel.protocol.errors import UsageProblem
@@ -213,6 +214,9 @@ async def test_bytes_of_one_node_are_fetched_by_another(
             assert await b.blocks.fetch(cid, [a.host.peer_id]) == b"value"
             await b.blocks.fetch_file(root, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == (tmp_path / "artefact").read_bytes()
+        told = render(b).splitlines()
+        assert "mycel_blocks_received_total 4" in told
+        assert "mycel_blocks_corrupt_total 0" in told
 
 
 @pytest.mark.parametrize(
