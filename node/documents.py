@@ -15,7 +15,8 @@ from mycel.dht.doc.store import DocumentStore
 from mycel.dht.doc.sync import Documents
 from mycel.protocol.chain import Grant, check_time, encode_chain
 from mycel.protocol.errors import Refused
-from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DEFAULT_LIMITS, DocumentLimits
+from mycel.protocol.limits import DEFAULT_LIMITS
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.membership import Membership
 from mycel.protocol.mesh import Access, Mesh, PeerId
 from mycel.protocol.rpc import Rpc

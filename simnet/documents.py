@@ -21,7 +21,7 @@ from mycel.dht.doc.message import Part
 from mycel.dht.doc.store import VolatileStore
 from mycel.dht.doc.sync import Documents
 from mycel.protocol.errors import MycelError
-from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import PeerId
 from mycel.protocol.rpc import Rpc
 from mycel.simnet.mesh import MeshWorld, SimMesh

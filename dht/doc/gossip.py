@@ -15,7 +15,7 @@ import trio
 
 from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE, Part, Version
-from mycel.protocol.limits import DocumentLimits
+from mycel.protocol.limits_doc import DocumentLimits
 from mycel.protocol.mesh import PeerId
 
 

@@ -41,7 +41,7 @@ from mycel.dht.doc.terms import MayWrite, Refusal, Signer, Taken
 from mycel.dht.doc.vector import StateVector
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
-from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import PeerId
 
 VERSION_MAX = 1 << 62

@@ -44,7 +44,7 @@ from mycel.dht.doc.terms import Taken
 from mycel.dht.doc.wanted import Wanted
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, LimitExceeded, MycelError, UsageProblem
-from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import Access, Mesh, PeerId, PeerUp
 from mycel.protocol.method import Call
 from mycel.protocol.rpc import Rpc

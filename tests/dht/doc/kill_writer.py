@@ -11,7 +11,7 @@ from pathlib import Path
 from mycel.dht.doc.library import Library
 from mycel.dht.doc.store import SqliteStore
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.limits import DocumentLimits
+from mycel.protocol.limits_doc import DocumentLimits
 from mycel.protocol.mesh import PeerId
 
 LIMITS = DocumentLimits(log_bytes=1500)  # so that compactions are interrupted too

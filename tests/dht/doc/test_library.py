@@ -18,7 +18,7 @@ from mycel.dht.doc.store import VolatileStore
 from mycel.dht.doc.terms import Taken
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded
-from mycel.protocol.limits import DocumentLimits
+from mycel.protocol.limits_doc import DocumentLimits
 
 SMALL = DocumentLimits(log_bytes=200, content_bytes=2048, document_bytes=6144, value_bytes=1024)
 Signers = Callable[[int], Any]

@@ -17,7 +17,7 @@ from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE, Part
 from mycel.dht.doc.store import SqliteStore
 from mycel.protocol.errors import UsageProblem
-from mycel.protocol.limits import DocumentLimits
+from mycel.protocol.limits_doc import DocumentLimits
 
 WRITER = Path(__file__).with_name("kill_writer.py")
 KILLS = 8

@@ -14,7 +14,7 @@ from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE, PUSH, PushParts
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, MycelError
-from mycel.protocol.limits import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS, DocumentLimits
 from mycel.protocol.mesh import Access
 from mycel.protocol.rpc import Rpc
 from mycel.simnet.clock import run
