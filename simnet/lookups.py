@@ -168,7 +168,7 @@ class Town:
         async with trio.open_nursery() as nursery:
             for number in range(count):
                 nursery.start_soon(self.read_one, seconds * number / count)
-        return _reads(self.results)
+        return reads_of(self.results)
 
     def questions(self) -> tuple[int, int]:
         """Questions and bytes of all nodes that live."""
@@ -242,7 +242,7 @@ async def restless(options: LookupsOptions) -> tuple[Reads, int]:
             while trio.current_time() < until:
                 readers.start_soon(town.read_one)
                 await trio.sleep(every)
-        reads = _reads(town.results)
+        reads = reads_of(town.results)
         nursery.cancel_scope.cancel()
     return reads, deaths
 
@@ -258,7 +258,8 @@ async def _join_all(town: Town, count: int) -> None:
         left -= batch
 
 
-def _reads(results: Sequence[tuple[bool, float, int]]) -> Reads:
+def reads_of(results: Sequence[tuple[bool, float, int]]) -> Reads:
+    """How reads went, from what each gave: whether it found the value, seconds, hops."""
     times, hops = sorted(one[1] for one in results), sorted(one[2] for one in results if one[0])
     return Reads(
         len(results),
