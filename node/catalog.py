@@ -12,6 +12,7 @@ adds to what is pinned; different models do not wait for each other.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,15 +24,17 @@ import trio
 
 from mycel.compute.fingerprint import fingerprint_of
 from mycel.dht.block.add import add_model
-from mycel.dht.block.manifest import EDGE, MODEL_PIN, pin_name
+from mycel.dht.block.manifest import EDGE, MODEL_PIN, encode, pin_name
 from mycel.dht.block.model import Model, Sources, fetch_manifest, fetch_model, lay_out, read_model
 from mycel.dht.block.safetensor import find_files
 from mycel.node.blocks import Blocks
 from mycel.node.providers import Providers
 from mycel.protocol.board import Board
-from mycel.protocol.cid import Cid, cid_text, parse_cid
+from mycel.protocol.cid import Cid, cid_of, cid_text, parse_cid
 from mycel.protocol.errors import RemoteProtocolError, UsageProblem
 from mycel.protocol.mesh import PeerId
+
+log = logging.getLogger("mycel.node")
 
 ROOT_KEY = "model-root/"
 """Board: what the author keeps of the model whose root follows."""
@@ -54,6 +57,8 @@ class RootFact(msgspec.Struct, frozen=True, array_like=True):
     """Spans of layers."""
     edge: bool
     """Whether embeddings and head are there too."""
+    content: bytes
+    """The same for models that are the same but for their names: a hash over everything else in the root."""
 
 
 class Catalog:
@@ -123,13 +128,36 @@ class Catalog:
         return roots[0] if roots else None
 
     def find_same(self, fingerprint: str) -> Cid | None:
-        """The model with this fingerprint, the one that most announce; None where nobody does."""
-        counts = {
-            root: sum(fact.fingerprint == fingerprint for fact in facts.values())
-            for root, facts in self.known().items()
-        }
-        found = [root for root in sorted(counts) if counts[root]]
-        return max(found, key=lambda root: counts[root], default=None)
+        """The model with this fingerprint, under the root that most announce; None where nobody does, or
+        where there are several, for it cannot be told which is meant."""
+        counts: dict[Cid, int] = {}
+        contents: dict[bytes, None] = {}
+        for root, facts in sorted(self.known().items()):
+            same = [fact for fact in facts.values() if fact.fingerprint == fingerprint]
+            if same:
+                counts[root] = len(same)
+            contents.update(dict.fromkeys(fact.content for fact in same))
+        if len(contents) > 1:
+            log.warning("%d models in sight have the fingerprint %s", len(contents), fingerprint)
+            return None
+        return max(counts, key=lambda root: counts[root], default=None)
+
+    def check_alone(self, root: Cid) -> None:
+        """Raise `UsageProblem` where another model in sight would be taken for this one.
+
+        A fingerprint covers a config and the sizes of files, so two fine-tunes may share one; layers of both
+        must not be served at once.
+        """
+        known = self.known()
+        own = next(iter(known.get(root, {}).values()), None)
+        for other, facts in known.items():
+            for fact in facts.values():
+                if own and fact.fingerprint == own.fingerprint and fact.content != own.content:
+                    raise UsageProblem(
+                        f"{own.name} and {fact.name} ({cid_text(other)}) differ in their weights alone, and "
+                        "their layers would be taken for each other's: give one of them a config.json of its "
+                        'own (another "_name_or_path" will do), add it again, and remove the other root'
+                    )
 
     def is_whole(self, root: Cid, start: int, end: int) -> bool:
         """Whether layers [start:end), with what belongs to them, are announced by anybody."""
@@ -164,13 +192,16 @@ class Catalog:
             await self._fetch(root, span, progress)
 
     async def prepare(self, root: Cid) -> Path:
-        """A directory with the small files, enough to choose layers by. Raises as `fetch_manifest`."""
+        """A directory with the small files, enough to choose layers by.
+
+        Raises as `fetch_manifest`, and as `check_alone`.
+        """
         exchange = await self._blocks.exchange()
         async with self._turn(root):
             model = await fetch_manifest(exchange, root, sources=await self._sources(root))
-            directory = await lay_out(exchange.store, model, self._folder)
             await self._look(root)
-        return directory
+            self.check_alone(root)
+            return await lay_out(exchange.store, model, self._folder)
 
     async def bring(self, root: Cid, span: tuple[int, int], progress: Progress | None = None) -> None:
         """Fetch what a stage of layers [i:j) needs, and lay it out to be loaded. Raises as `fetch_model`."""
@@ -240,6 +271,7 @@ def _fact_of(model: Model) -> RootFact:
         nbytes=sum(part.nbytes for part in manifest.parts),
         held=spans_of([layer for layer in sorted(model.parts) if layer != EDGE]),
         edge=EDGE in model.parts,
+        content=cid_of(encode(msgspec.structs.replace(manifest, name=""))),
     )
 
 

@@ -14,6 +14,8 @@ import pytest
 import trio
 
 from mycel.compute.infer.request import GenerateRequest
+from mycel.compute.model.tiny import tiny_model
+from mycel.compute.tokenizer import byte_level_tokenizer_files
 from mycel.dht.block.manifest import pin_name
 from mycel.node import catalog
 from mycel.node.blocks import store_in
@@ -200,6 +202,28 @@ async def test_a_name_that_several_have_is_told_apart_by_root(
         with pytest.raises(UsageProblem, match="say which by its root"):
             a.catalog.find("tiny")
         assert a.catalog.find("nobody/has-it") is None
+
+
+async def test_two_fine_tunes_of_one_shape_are_not_taken_for_each_other(
+    make_node: NodeMaker, ticket_of: TicketOf, wait_until: WaitUntil, byte_model: Path, tmp_path: Path
+) -> None:
+    tuned = tiny_model(tmp_path / "tuned", seed=4, vocab_size=257, max_position_embeddings=512)
+    shutil.copy(byte_model / "config.json", tuned)
+    for name, content in byte_level_tokenizer_files().items():
+        (tuned / name).write_bytes(content)
+    async with make_node("a") as a, make_node("b", ticket=ticket_of(a)) as b:
+        first = await a.catalog.add(byte_model, "tiny")
+        await a.catalog.add(byte_model, "again")
+        fingerprint = a.catalog.known()[first][a.host.peer_id].fingerprint
+        await wait_until(lambda: b.catalog.find_same(fingerprint) is not None)
+        second = await b.catalog.add(tuned, "tuned")
+        assert b.catalog.known()[second][b.host.peer_id].fingerprint == fingerprint
+        assert b.catalog.find_same(fingerprint) is None
+        with pytest.raises(UsageProblem, match="differ in their weights alone"):
+            await b.serve("tuned", (0, 2))
+        assert b.lender.lent == []
+        await b.catalog.remove(second)
+        assert (await b.serve("again", (0, 2))).fingerprint == fingerprint
 
 
 async def test_bytes_of_one_node_are_fetched_by_another(
