@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -41,14 +41,20 @@ class Attendance:
     """Whether this node's owner lets it work for jobs."""
     holding: Holding | None = None
     """The lease, while this node coordinates."""
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _over: trio.Event = field(default_factory=trio.Event)
 
     async def run(self) -> None:
         """Do it until the job has ended."""
-        async with trio.open_nursery() as nursery:
-            if self.tools.mesh.peer_id in self.job.electors:
-                nursery.start_soon(self._coordinate_when_elected)
-            if self.takes_part:
-                nursery.start_soon(self._take_part)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    if self.tools.mesh.peer_id in self.job.electors:
+                        nursery.start_soon(self._coordinate_when_elected)
+                    if self.takes_part:
+                        nursery.start_soon(self._take_part)
+        finally:
+            self._over.set()
 
     @asynccontextmanager
     async def _until_ended(self) -> AsyncIterator[None]:
@@ -64,9 +70,12 @@ class Attendance:
         scope.cancel()
 
     async def leave(self) -> None:
-        """This node goes: let another coordinate at once."""
-        if self.holding is not None:
-            await self.holding.release()
+        """This node goes: stop, and let another coordinate at once."""
+        holding = self.holding
+        self._scope.cancel()
+        await self._over.wait()
+        if holding is not None:
+            await holding.release()
 
     # --- coordinating
 

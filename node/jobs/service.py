@@ -91,6 +91,7 @@ class Jobs:
         self.runners = Runners([make(services) for make in makers])
         self._tools: Tools | None = None
         self._opened = trio.Event()
+        self._is_leaving = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Attend jobs until cancelled; started at once, at work as soon as blocks can be used."""
@@ -122,6 +123,7 @@ class Jobs:
 
     async def leave(self) -> None:
         """This node stops: leases are given back, so that others need not wait for their end."""
+        self._is_leaving = True
         async with trio.open_nursery() as nursery:
             for attendance in list(self._attended.values()):
                 nursery.start_soon(attendance.leave)
@@ -242,7 +244,7 @@ class Jobs:
         label = self._place.label(author)
         pairs: list[tuple[int, float, str]] = []
         ends = [*(first for first, _ in tail.chunks[1:]), tail.first]
-        for (first, blob), end in zip(tail.chunks, ends[-len(tail.chunks) :], strict=True):
+        for (first, blob), end in zip(tail.chunks, ends[: len(tail.chunks)], strict=True):
             if end > begin:
                 try:
                     content = await tools.blobs.whole(blob, first=[author])
@@ -293,7 +295,7 @@ class Jobs:
 
     def _attend(self) -> None:
         """See to it that every job that is to be worked on is attended."""
-        if self._nursery is None or self._tools is None:
+        if self._nursery is None or self._tools is None or self._is_leaving:
             return
         for entry, job in self.book.active():
             runner = self.runners.get(job.kind)
