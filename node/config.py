@@ -105,6 +105,10 @@ class Config:
     models: tuple[str, ...] = ()
     """Folders to look in for models by name: NAME is found as FOLDER/NAME."""
 
+    jobs: bool = True
+    """Work for jobs that others submit, as far as this machine can. Off, it still votes on who coordinates a
+    job, and coordinates those that it is chosen for: neither costs anything to speak of."""
+
     stages: int = 0
     """Over how many peers a model should be spread. 0: as few as hold it. More stages than needed cost a
     hop each per token; ask for them to keep each peer's share small."""

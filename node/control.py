@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from functools import partial
 
 import trio
@@ -31,6 +32,7 @@ from mycel.node.answer import (
     send_progress,
     until_gone,
 )
+from mycel.node.control_jobs import JobRoutes, send_stream
 from mycel.node.control_models import ModelRoutes
 from mycel.node.running import Node
 from mycel.node.views import GenerateAsk, GenerateEvent, Problem, ServeAsk, TicketAsk
@@ -57,6 +59,9 @@ class Control:
         models = ModelRoutes(node)
         self._routes = {**self._routes, **models.routes}
         self._slow = models.slow
+        jobs = JobRoutes(node)
+        self._routes = {**self._routes, **jobs.routes}
+        self._streams = jobs.streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -69,6 +74,10 @@ class Control:
             if (method, path) == ("POST", "/control/stop"):
                 await send_json(send, 200, {})  # before there is nobody left to say it
                 self._on_stop()
+                return
+            if method == "POST" and path in self._streams:
+                async with aclosing(self._streams[path](body)) as pieces:
+                    await send_stream(pieces, receive, send)
                 return
             if method == "POST" and path in self._slow:
                 await send_progress(partial(self._slow[path], body), receive, send)

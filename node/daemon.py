@@ -12,6 +12,7 @@
     discovery   Kademlia: who is where, small records, who provides what
     blocks      content blocks, kept and served
     catalog     models as blocks: which are here, and which there
+    jobs        work that the swarm does to its end
     lender      stages by the owner's order
     assigner    stages by the swarm's need
 
@@ -50,6 +51,7 @@ from mycel.node.discovery import Discovery
 from mycel.node.documents import DocumentService
 from mycel.node.gather import Gather
 from mycel.node.host import Host
+from mycel.node.jobs.open import open_jobs
 from mycel.node.lapse import end_lapsed
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
@@ -131,6 +133,7 @@ async def run(
     catalog.providers = Providers(host, discovery)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
+    node.jobs = open_jobs(node, papers.memory)
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
@@ -144,12 +147,14 @@ async def run(
         await nursery.start(discovery.run)
         await nursery.start(blocks.run)
         await nursery.start(catalog.run)
+        await nursery.start(node.jobs.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
         nursery.start_soon(node.members.run)
         nursery.start_soon(end_lapsed, membership, host)
         nursery.start_soon(_lend, config, lender, assigner)
         task_status.started(node)
         await node.stopping.wait()
+        await node.jobs.leave()
         await stages.leave(config.leave_s)
         node.ended.set()
         nursery.cancel_scope.cancel()

@@ -21,6 +21,7 @@ from mycel.node.contacts import Contacts
 from mycel.node.discovery import Discovery
 from mycel.node.gather import Gather
 from mycel.node.host import Host
+from mycel.node.jobs.service import Jobs
 from mycel.node.lend import Lender
 from mycel.node.members import Members
 from mycel.node.reach.reach import Reach
@@ -92,6 +93,8 @@ class Node:
     tally: Tally = field(default_factory=Tally)
     members: Members = field(init=False)
     """What nodes write of themselves, and what is known of members that are away."""
+    jobs: Jobs = field(init=False)
+    """Set by the daemon before anything runs."""
     _reports: deque[Report] = field(default_factory=lambda: deque(maxlen=REPORTS_MAX))
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ keeps something new, and everything of a job when the job is forgotten.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -89,7 +89,7 @@ class Blobs:
             await self.exchange.fetch(wants_of(pieces), first=first)
         await (self._store.pin(name, cids) if cids else self._store.unpin(name))
 
-    async def read(self, blob: Blob, *, first: Sequence[PeerId] = ()) -> AsyncIterator[bytes]:
+    async def read(self, blob: Blob, *, first: Sequence[PeerId] = ()) -> AsyncGenerator[bytes, None]:
         """Its content, piece by piece, from wherever it is. Raises as `Exchange.fetch`, and
         `RemoteProtocolError` where the root lists something else."""
         pieces = await self._list(blob, first)

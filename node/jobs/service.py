@@ -13,7 +13,8 @@ with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import msgspec
@@ -218,7 +219,7 @@ class Jobs:
         except MycelError as error:
             log.info("elector %s was not told to stop a job: %s", elector, error)
 
-    async def lines(self, name: str, *, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def lines(self, name: str, *, follow: bool = False) -> AsyncGenerator[LogLine, None]:
         """The job's log, of all peers, in the order of their clocks; with `follow` until it ends.
 
         Raises `JobUnknown`.
@@ -256,7 +257,7 @@ class Jobs:
         pairs += [(number, at, text) for number, (at, text) in enumerate(tail.lines, tail.first)]
         return [LogLine(at, author, label, number, text) for number, at, text in pairs if number >= begin]
 
-    async def content(self, name: str, artefact: str) -> AsyncIterator[bytes]:
+    async def content(self, name: str, artefact: str) -> AsyncGenerator[bytes, None]:
         """A result of the job, piece by piece.
 
         Raises `JobUnknown`, `ArtefactUnknown`, `DeadlineExceeded` where nobody in reach has it.
@@ -269,8 +270,10 @@ class Jobs:
             raise ArtefactUnknown(
                 f"job {entry.id[:8]} has no {artefact!r}; so far it has: {known or 'nothing'}"
             )
-        async for piece in tools.blobs.read(state.artefacts[artefact], first=[PeerId(state.lease.holder)]):
-            yield piece
+        blob, holder = state.artefacts[artefact], PeerId(state.lease.holder)
+        async with aclosing(tools.blobs.read(blob, first=[holder])) as pieces:
+            async for piece in pieces:
+                yield piece
 
     # --- what comes in
 

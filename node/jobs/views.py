@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -78,6 +79,33 @@ class LogLine(msgspec.Struct, frozen=True):
     number: int
     """Counts the peer's lines."""
     text: str
+
+
+class SubmitAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job to submit: what its file says, and the paths of the files it brings, by key."""
+
+    job: dict[str, Any]
+    files: dict[str, str] = {}
+
+
+class JobAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job, by its name, or its id or the beginning of it."""
+
+    job: str
+
+
+class LogsAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job's log, until it ends where `follow`."""
+
+    job: str
+    follow: bool = False
+
+
+class ContentAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A result of a job."""
+
+    job: str
+    name: str
 
 
 def job_view(entry: Entry, job: Job, label: Callable[[PeerId], str]) -> JobView:
