@@ -49,6 +49,12 @@ class Client:
                 if line.strip():
                     yield json.loads(line)
 
+    def pieces(self, path: str, content: object) -> Iterator[bytes]:
+        """The bytes that POST /control/`path` answers with, as they come."""
+        with self._answer("POST", path, content) as answer:
+            while piece := answer.read(1 << 20):
+                yield piece
+
     def _call(self, method: str, path: str, content: object) -> Any:
         with self._answer(method, path, content) as answer:
             return json.loads(answer.read())

@@ -26,6 +26,11 @@ COMMANDS = {
     "models": "mycel.commands.models:models",
     "generate": "mycel.commands.text:generate",
     "chat": "mycel.commands.text:chat",
+    "submit": "mycel.commands.jobs:submit",
+    "jobs": "mycel.commands.jobs:jobs",
+    "logs": "mycel.commands.jobs:logs",
+    "stop": "mycel.commands.jobs:stop",
+    "pull": "mycel.commands.jobs:pull",
     "config": "mycel.commands.config:config",
     "sim": "mycel.commands.sim:sim",
 }
@@ -57,6 +62,7 @@ def cli() -> None:
     mycel ticket                 print what lets another machine in
     mycel join TICKET            there: be a node of this swarm
     mycel generate -m MODEL ...  ask the swarm
+    mycel submit job.toml        let the swarm work through a job
     """
 
 
