@@ -21,7 +21,8 @@ class Door:
     def __init__(self, me: PeerId, limits: GroupLimits) -> None:
         self._me = me
         self._limits = limits
-        self._heard: dict[PeerId, Hello] = {}
+        self.heard: dict[PeerId, Hello] = {}
+        """Connected peers that said where they stand."""
         self._since: dict[PeerId, float] = {}
         self.outside_since = math.inf
         """Since when this node waits outside; infinite while it is inside, or wants nothing."""
@@ -37,14 +38,14 @@ class Door:
 
     def hear(self, now: float, peer: PeerId, hello: Hello) -> None:
         """A peer said where it stands."""
-        before = self._heard.get(peer)
+        before = self.heard.get(peer)
         if before is None or before.life != hello.life or not before.wants_in:
             self._since[peer] = now
-        self._heard[peer] = hello
+        self.heard[peer] = hello
 
     def forget(self, peer: PeerId) -> None:
         """A peer is not connected any more."""
-        self._heard.pop(peer, None)
+        self.heard.pop(peer, None)
         self._since.pop(peer, None)
 
     def knocks(self, now: float) -> bool:
@@ -60,14 +61,14 @@ class Door:
             return False
         return not any(
             hello.place is not None or (hello.wants_in and hello.founds and peer < self._me)
-            for peer, hello in self._heard.items()
+            for peer, hello in self.heard.items()
         )
 
     def newcomers(self, now: float, members: list[PeerId]) -> list[Member]:
         """Who waits outside, for long enough, and reaches all of `members`."""
         return [
             Member(peer, hello.life)
-            for peer, hello in sorted(self._heard.items())
+            for peer, hello in sorted(self.heard.items())
             if hello.place is None
             and hello.wants_in
             and now >= self._since[peer] + self._limits.admit_s

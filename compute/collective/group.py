@@ -8,9 +8,9 @@ of them alike. Synchronous: what happens and the time go in, `take` gives what i
    of epochs, and a part of the members that is not the majority cannot go on.
 2. *Voices are not forgotten.* A member is a peer in one of its lives. A process that starts again, and a node
    that was left out, draws another life, is in no epoch, and answers for none.
-3. *Kept means held by all who go on.* A vote to keep an operation is cast only once its result, of which every
-   member's input is a part, is held; it is never changed; and without every member's vote an operation is
-   kept only by the epoch's successor, where all who are in both epochs have cast it.
+3. *Kept means held by all who go on.* A vote to keep an operation is cast only once its result, of which
+   every member's input is a part, is held; it is never changed; and without every member's vote an
+   operation is kept only by the epoch's successor, where all who are in both epochs have cast it.
 4. *What ended stays ended.* Whoever promises its voice for a successor votes on no more operations, and
    reports its votes with the promise. If an operation ended anywhere, all members had voted alike, so all
    who report say so, and the successor says so too; if one who reports has not voted, it ended nowhere and
@@ -76,8 +76,8 @@ class Policy:
     least: int = 1
     """With fewer members than this nothing begins."""
     founds: bool = True
-    """Whether this node begins the group where it finds none. Two that do, and cannot hear each other,
-    begin two."""
+    """Whether this node begins the group where it finds none: by majority once in its process's life, and
+    two that do and cannot hear each other begin two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,12 @@ class Membership:
         self._out: list[Action] = []
         self._connected: dict[PeerId, None] = {}
         self._door = Door(me, limits)
+        self._may_found = policy.founds
         self._inside: _Inside | None = None
         self._history: list[tuple[Place, Epoch]] = []
         self._early: dict[bytes, list[tuple[PeerId, Placed]]] = {}
         self._remind_at = math.inf
+        self._greeted = 0
         self._look_at = math.inf
         """When somebody who knocked will have waited for long enough."""
 
@@ -125,6 +127,11 @@ class Membership:
     def epoch(self) -> Epoch | None:
         """The epoch that this node is in, None while it is outside."""
         return None if self._inside is None else self._inside.epoch
+
+    @property
+    def member(self) -> Member:
+        """This node in its life of now."""
+        return Member(self._me, self._life)
 
     # What the node does
 
@@ -138,7 +145,7 @@ class Membership:
         """Go, in order: the others need not wait for anything."""
         if self._inside is not None:
             self._life = self._draw_life()
-            farewell = Hello(self._life, None, False, self._policy.founds, False, ())
+            farewell = Hello(self._life, None, False, False, False, ())
             self._tell(self._inside.epoch.peers, farewell)
         self._fall_out("this node left the group")
         self._door.end()
@@ -225,14 +232,17 @@ class Membership:
         if self._inside is None:
             if self._door.knocks(now):
                 self._tell(self._connected, self._hello(asks=True))
-            if self._policy.founds and self._door.may_found(now):
-                self._enter(now, Epoch(1, self._entropy(8), (Member(self._me, self._life),)))
+            if self._may_found and self._door.may_found(now):
+                self._enter(now, Epoch(1, self._entropy(8), (self.member,)))
         if now >= self._look_at:
             self._look_at = math.inf
         if self._inside is not None and now >= self._remind_at:
             self._remind_at = now + self._limits.remind_s
             self._inside.ledger.remind()
             self._inside.succession.press()
+            peers = list(dict.fromkeys([*self._inside.epoch.peers, *self._door.heard]))
+            self._greeted += 1  # one after the other hears where this node stands: somebody may be elsewhere
+            self._tell([peers[self._greeted % len(peers)]], self._hello())
         self._after(now)
 
     @property
@@ -279,7 +289,7 @@ class Membership:
         if peer not in last.peers:
             return
         if self._inside is None:
-            if Member(self._me, self._life) in last.members:
+            if self.member in last.members:
                 self._enter(now, last)
         elif place_of(last) > self._inside.place:
             self._fall_out("the group went on without this node; take over its state and call again")
@@ -289,11 +299,12 @@ class Membership:
         if self._inside is not None:
             self._inside.ledger.close(epoch.verdicts)
             self._collect()
-        if Member(self._me, self._life) not in epoch.members:
+        if self.member not in epoch.members:
             self._fall_out("this node was left out of the group; take over its state and call again")
             self._door.wait(now)
             return
         self._door.end()
+        self._may_found = self._policy.founds and self._policy.quorum == "any"
         place = place_of(epoch)
         ledger = Ledger(self._group, epoch, self._me, self._calls, self._limits)
         ledger.is_short = len(epoch.members) < self._policy.least
@@ -326,10 +337,11 @@ class Membership:
     def _admit(self, now: float, inside: _Inside) -> None:
         """Let newcomers in, where this node comes first and the moment is right."""
         wants = inside.succession.rank() == 0 and bool(self._door.newcomers(now, inside.succession.here))
-        if inside.ledger.holds != wants:
-            inside.ledger.holds = wants
+        if inside.ledger.stops != wants:
+            inside.ledger.stops = wants
+            inside.ledger.holds = wants and self._policy.admits == "whenever"
             inside.ledger.call_all()
-        is_time = inside.ledger.is_quiet if self._policy.admits == "whenever" else inside.ledger.at_border
+        is_time = inside.ledger.is_quiet if inside.ledger.holds else inside.ledger.at_border
         if wants and is_time:
             inside.succession.propose(now, admits=True)
 
@@ -362,10 +374,10 @@ class Membership:
     def _hello(self, *, asks: bool = False) -> Hello:
         if self._inside is not None:
             peers = self._inside.epoch.peers
-            return Hello(self._life, self._inside.place, True, self._policy.founds, asks, peers)
+            return Hello(self._life, self._inside.place, True, self._may_found, asks, peers)
         waits = self._door.knock_at < math.inf
         near = tuple(self._connected)[: 4 * self._limits.members]
-        return Hello(self._life, None, waits, self._policy.founds, asks, near)
+        return Hello(self._life, None, waits, self._may_found, asks, near)
 
     def _since(self, place: Place) -> News:
         """What somebody at `place` has not heard; the epoch of now, where it is on another way."""

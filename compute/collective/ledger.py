@@ -133,7 +133,9 @@ class Ledger:
         """Votes differ: only a successor can settle that."""
         self.frozen = False
         self.holds = False
-        """No new arrivals: newcomers are to come in as soon as nothing moves."""
+        """No new arrivals: newcomers are to come in as soon as nothing moves..."""
+        self.stops = False
+        """...or, where they come in at borders, no votes on those."""
         self.is_short = False
         """Too few members: nobody begins anything."""
         self._group = group
@@ -153,15 +155,13 @@ class Ledger:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing moves or waits for votes here."""
-        return not any(
-            state.attempt is not None or self._me in state.voted() for state in self._tags.values()
-        )
+        """Whether nothing moves that another epoch would have to move again."""
+        return all(state.attempt is None for state in self._tags.values())
 
     @property
     def at_border(self) -> bool:
-        """Whether everybody waits at a border, and this node, which `holds`, does not let it pass."""
-        return self.holds and any(
+        """Whether everybody waits at a border, and this node does not let it pass."""
+        return self.stops and any(
             call.terms.kind == "border"
             and tag in self._tags
             and len(self._tags[tag].arrived()) == len(self._order)
@@ -181,8 +181,7 @@ class Ledger:
             self._out.append(Settled(tag, "refused", call.withdrawn, attempt, 0))
             return
         if self._me not in state.arrived():
-            is_held = self.is_short or (self.holds and call.terms.kind != "border")
-            if self.frozen or (is_held and not call.withdrawn):
+            if self.frozen or ((self.holds or self.is_short) and not call.withdrawn):
                 return
             state.arrived()[self._me] = call.terms
             self._tell(Arrive(self.place, tag, state.done, call.terms))
@@ -292,7 +291,7 @@ class Ledger:
         differing = self._difference(state)
         if differing:
             self._vote(tag, state, "refused", differing)
-        elif call.terms.kind == "border" and self.holds:
+        elif call.terms.kind == "border" and self.stops:
             return
         elif call.terms.kind in ("barrier", "border"):
             call.attempts += 1

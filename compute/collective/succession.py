@@ -214,7 +214,8 @@ class Succession:
             self._proposal = None
         if self._proposal is None:
             self._wanted = self._wanted or f"{ballot[1]} proposes"
-            self._begin_at = now + self._limits.change_s + self._limits.stagger_s * self.rank()
+            wait = self._limits.change_s + self._limits.stagger_s * self.rank()
+            self._begin_at = now + wait * min(self._round, 8)  # slower and slower, where messages are slow
 
     def _promise(self, ballot: Ballot) -> Promise:
         reports = self._ledger.reports()

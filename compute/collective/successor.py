@@ -95,7 +95,7 @@ def next_epoch(
     members = _connected(members, promises)
     if proposal.admits:
         known = {member.peer: None for member in members}
-        fresh = [member for member in joiners if member.peer not in known]
+        fresh = [member for member in joiners if member.peer not in known and member not in current.members]
         members += sorted(fresh, key=lambda member: (member.peer, member.life))
     verdicts = verdicts_of([promises[peer].reports for peer in current.peers if peer in promises])
     return Epoch(current.number + 1, lineage, tuple(members), verdicts)

@@ -1,4 +1,4 @@
-"""Groups in a bottle: memberships with a clock and a network of their own, which lose what they are told to."""
+"""Groups in a bottle: memberships with a clock and a network of their own, which loses and doubles."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Node:
     ended: list[Settled] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
+    passed: dict[bytes, None] = field(default_factory=dict)
+    """Lineages whose successor it has entered, from within."""
+    known: dict[tuple[bytes, str, int], None] = field(default_factory=dict)
+    """Operations whose end it has seen."""
     alive: bool = True
 
     def last(self, tag: str) -> str:
@@ -122,7 +126,7 @@ class Bottle:
                         self._check_settled(node, action)
                         node.ended.append(action)
                     case Entered(epoch=epoch):
-                        self._check_epoch(epoch)
+                        self._check_epoch(node, epoch)
                         node.epochs.append(epoch)
                     case Left(why=why):
                         node.left.append(why)
@@ -146,6 +150,7 @@ class Bottle:
     def run(self, seconds: float) -> None:
         """Let time pass."""
         until = self.now + seconds
+        ticks_now = 0
         while True:
             ticks = [(max(node.core.next_at, self.now), node.name) for node in self._alive()]
             tick = min(ticks, default=(until, PeerId("")))
@@ -159,10 +164,11 @@ class Bottle:
                     node.core.receive(self.now, source, message)
                     self.act(node)
             else:
+                ticks_now = ticks_now + 1 if tick[0] == self.now else 0
+                assert ticks_now < 100, "it would be called again at once, for ever"
                 self.now = tick[0]
                 node = self.nodes[tick[1]]
                 node.core.tick(self.now)
-                assert node.core.next_at > self.now, "it would be called again at once, for ever"
                 self.act(node)
 
     def _alive(self) -> list[Node]:
@@ -183,19 +189,28 @@ class Bottle:
         key = (attempt.lineage, attempt.tag, attempt.number)
         if self.policy.quorum == "majority":
             assert self.kept.setdefault(key, settled.ending) == settled.ending, f"two ends of {key}"
+            for other in self.nodes.values():
+                assert key[0] not in other.passed or key in other.known, f"{other.name} knows no end of {key}"
+        node.known[key] = None
         if settled.ending == "kept" and not attempt.tag.startswith(("barrier", "border")):
             assert attempt in node.held, "kept what is not held"
             del node.held[attempt]
 
-    def _check_epoch(self, epoch: Epoch) -> None:
+    def _check_epoch(self, node: Node, epoch: Epoch) -> None:
         before = self.members.get(epoch.parent, ())
         self.members[place_of(epoch).lineage] = epoch.members
         staying = {member.peer for member in epoch.members if member in before}
         for verdict in epoch.verdicts:
             if verdict.ending == "kept" and not verdict.tag.startswith(("barrier", "border")):
                 key = (epoch.parent, verdict.tag, verdict.number)
-                assert staying <= self.staged[key], f"{staying} are to have kept {verdict}"
+                assert staying <= self.staged[key], (
+                    f"{sorted(staying)} kept {verdict}, only {sorted(self.staged[key])} hold it"
+                )
         if self.policy.quorum == "majority":
+            if node.epochs and place_of(node.epochs[-1]).lineage == epoch.parent:
+                node.passed[epoch.parent] = None
+                for key in self.kept:
+                    assert key[0] != epoch.parent or key in node.known, f"{node.name} knows no end of {key}"
             lineage = place_of(epoch).lineage
             assert self.lines.setdefault(epoch.number, lineage) == lineage, f"two epochs {epoch.number}"
 
