@@ -37,7 +37,7 @@ from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rpc import Rpc
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
-STEP_S = 0.02
+STEP_S = 0.05
 """Virtual seconds of a step of the model."""
 LOOK_S = 0.05
 
@@ -99,7 +99,14 @@ class Node:
         self._make()
         with trio.CancelScope() as self.scope:
             async with trio.open_nursery() as nursery:
-                for service in (self.rpc, self.board, self.documents, self.links, self.stages, self.generator):
+                for service in (
+                    self.rpc,
+                    self.board,
+                    self.documents,
+                    self.links,
+                    self.stages,
+                    self.generator,
+                ):
                     await nursery.start(service.run)
                 await nursery.start(self.jobs.run)
                 nursery.start_soon(self._stay_connected)
@@ -218,8 +225,8 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prompts() -> bytes:
-    """A file of forty prompts."""
-    lines = [json.dumps({"prompt": f"prompt {number}: ", "id": f"p{number}"}) for number in range(40)]
+    """A file of two dozen prompts."""
+    lines = [json.dumps({"prompt": f"prompt {number}: ", "id": f"p{number}"}) for number in range(24)]
     return "\n".join(lines).encode()
 
 
@@ -227,7 +234,7 @@ def prompts() -> bytes:
 def generate_spec() -> GenerateSpec:
     spec = read_spec(
         {"kind": "generate", "name": "night", "model": "tiny", "prompts": "prompts.jsonl", "at_once": 2,
-         "sampling": {"max_tokens": 12, "temperature": 0.8, "seed": 5}}
+         "sampling": {"max_tokens": 8, "temperature": 0.8, "seed": 5}}
     )  # fmt: skip
     assert isinstance(spec, GenerateSpec)
     return spec
