@@ -20,6 +20,7 @@ import torch
 
 from mycel.compute.engine import EngineStats, ModelUnsupported, StageInfo, StageSpec
 from mycel.compute.model.card import read_card
+from mycel.compute.model.devices import see_devices
 from mycel.compute.model.load import load_stage
 from mycel.compute.model.memory import is_out_of_memory
 from mycel.compute.model.stage import Stage
@@ -42,7 +43,6 @@ from mycel.compute.pipe import (
     Operation,
     Progress,
     Rewind,
-    TorchDevice,
 )
 from mycel.protocol.errors import MycelError
 from mycel.protocol.frame import Frame, FrameKind
@@ -167,17 +167,6 @@ def _sort(error: Exception, doubtful: bool) -> Exception:
     if doubtful:
         return Doubtful(Failure("crash", described), EXIT_CRASH)
     return _Refusal(Failure("value" if isinstance(error, ValueError) else "unsupported", described))
-
-
-def see_devices() -> tuple[TorchDevice, ...]:
-    """What torch can use here: GPUs first, then the CPU."""
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(TorchDevice(f"cuda:{index}", torch.cuda.get_device_name(index), total, free))
-    memory = psutil.virtual_memory()
-    found.append(TorchDevice("cpu", f"{torch.get_num_threads()} threads", memory.total, memory.available))
-    return tuple(found)
 
 
 def serve(sock: socket.socket, tidy: Callable[[], None]) -> int:

@@ -1,4 +1,4 @@
-"""Asking one peer one question: dial it if need be, open a stream, send, hear the answer.
+"""Asking one peer one question: dial it if need be, open a stream, send, hear the answer (`Question`).
 
 What comes of it is noted where others look: the table learns who is alive and who is not, the pace how long
 it took. A failure counts against a peer only when somebody else was heard since it was asked; otherwise it
@@ -12,28 +12,32 @@ on a connection that was there before and fails is asked once more over a fresh 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 
 import trio
 
-from mycel.dht.kad.message import ADDRS_MAX, FOREIGN_PROTOCOL, Kind, Message, read, write
+from mycel.dht.kad.message import ADDRS_MAX, FOREIGN_PROTOCOL, Message
 from mycel.dht.kad.pace import Pace
+from mycel.dht.kad.question import Question
 from mycel.dht.kad.table import Contact, Table
-from mycel.protocol import varint
 from mycel.protocol.address import is_circuit, tcp_of
+from mycel.protocol.alarm import Alarm
 from mycel.protocol.errors import (
     AddressError,
     ConnectionLost,
     DeadlineExceeded,
     DialError,
     LimitExceeded,
+    LocalProtocolError,
     Refused,
     RemoteProtocolError,
     StreamReset,
 )
 from mycel.protocol.identify import read_addrs
 from mycel.protocol.limits import KadLimits
-from mycel.protocol.mesh import Access, Mesh, PeerId, PeerInfo, Stream
+from mycel.protocol.mesh import Access, Mesh, PeerId, PeerInfo
 
 FAILURES = (
     AddressError,
@@ -41,6 +45,7 @@ FAILURES = (
     DeadlineExceeded,
     DialError,
     LimitExceeded,
+    LocalProtocolError,
     Refused,
     RemoteProtocolError,
     StreamReset,
@@ -48,8 +53,25 @@ FAILURES = (
 """How a question may end that is the peer's affair, or the way's."""
 
 
+Then = Callable[[Message | None], None]
+"""Called with the answer, or with None where none came in time or none that can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """What a connection says of its peer."""
+
+    info: PeerInfo
+    contact: Contact
+    host: str
+    protocol: str
+    """What it is asked over; Mycel's own where it did not say what it speaks."""
+    answers: bool
+    """Whether it answers this node's questions."""
+
+
 class Asker:
-    """Asks peers."""
+    """Asks peers. Its tasks live in a nursery of the service (`lives_in`), its deadlines in `alarm`."""
 
     def __init__(self, mesh: Mesh, table: Table, protocols: tuple[str, ...], limits: KadLimits) -> None:
         self._mesh = mesh
@@ -62,6 +84,9 @@ class Asker:
         self._heard_at = float("-inf")
         self._doubted: dict[PeerId, None] = {}
         self._met: dict[PeerId, PeerInfo] = {}
+        self._faces: dict[PeerId, Face] = {}
+        self._nursery: trio.Nursery | None = None
+        self.alarm = Alarm()
         self.may_hang_up: Callable[[PeerId], bool] = lambda peer: True
         """Whether nobody else needs the connection to a peer."""
         self.can_lead: Callable[[str], bool] = lambda addr: True
@@ -76,39 +101,99 @@ class Asker:
         rtt, dial = self._mesh.rtt(peer), peer not in self._mesh.peers
         return trio.current_time() + self.pace.late_s(peer, rtt=rtt, dial=dial)
 
-    async def ask(self, contact: Contact, question: Message) -> Message | None:
+    def lives_in(self, nursery: trio.Nursery | None) -> None:
+        """Where dials and deadlines live."""
+        self._nursery = nursery
+        if nursery is not None:
+            nursery.start_soon(self.alarm.run)
+
+    def start(self, task: Callable[[], Awaitable[object]]) -> None:
+        """Run `task` beside everything else. Raises `LocalProtocolError` where the service does not run."""
+        if self._nursery is None:
+            raise LocalProtocolError("Kademlia.run is not running; start it before asking")
+        self._nursery.start_soon(task)
+
+    async def ask(self, contact: Contact, message: Message) -> Message | None:
         """The answer of `contact`, None where none came in time or none that can be read."""
-        peer, began = contact.peer, trio.current_time()
-        dial = peer not in self._mesh.peers
-        answer: Message | None = None
+        over = trio.Event()
+        answers: list[Message | None] = []
+
+        def then(answer: Message | None) -> None:
+            answers.append(answer)
+            over.set()
+
+        self.ask_soon(contact, message, then)
+        await over.wait()
+        return answers[0]
+
+    def ask_soon(self, contact: Contact, message: Message, then: Then = lambda answer: None) -> None:
+        """Ask without waiting; `then` is called from elsewhere. Raises `LocalProtocolError` as `start`."""
+        peer = contact.peer
         self.asked += 1
+        alarm = (self.alarm, self.asked)
+        question = Question(contact, message, partial(self._over, then), alarm, self._limits)
+        question.dialled = peer not in self._mesh.peers
+        patience = self.pace.answer_s(peer, rtt=self._mesh.rtt(peer), dial=question.dialled)
         self._in_use[peer] = self._in_use.get(peer, 0) + 1
+        question.watch(question.began + patience)
+        if question.dialled or not self._try(question):
+            self.start(partial(self._dial, question))
+
+    def _try(self, question: Question) -> bool:
+        """Whether the question could be put at once."""
+        peer = question.contact.peer
+        info = self._mesh.peers.get(peer)
+        if info is None or not self._may_answer(info):
+            return False
         try:
-            with trio.move_on_after(self.pace.answer_s(peer, rtt=self._mesh.rtt(peer), dial=dial)):
-                try:
-                    answer = await self._try(contact, question)
-                except ConnectionLost:
-                    if not dial:
-                        dial, began = True, trio.current_time()
-                        answer = await self._try(contact, question)
+            stream = self._mesh.try_open_stream(peer, self._face(info).protocol)
+            return stream is not None and question.try_send(stream)
         except FAILURES:
-            pass
-        finally:
-            self._in_use[peer] -= 1
-            if not self._in_use[peer]:
-                del self._in_use[peer]
-                self._close_unused()
-        now = trio.current_time()
+            return False  # the task will see why
+
+    async def _dial(self, question: Question) -> None:
+        """Put the question, whatever that takes; its deadline cancels this."""
+        peer = question.contact.peer
+        with trio.CancelScope() as question.scope:
+            try:
+                if question.is_over:
+                    return
+                await self.connect(question.contact)
+                if question.is_over or self._try(question):
+                    return
+                info = self._mesh.peers.get(peer)
+                if info is None:
+                    raise ConnectionLost(f"{peer} hung up at once", reason="closed")
+                if not self._may_answer(info):
+                    self._table.forget(peer)
+                    raise Refused(f"{peer} answers no questions", reason="protocol")
+                await question.send(await self._mesh.open_stream(peer, self._face(info).protocol))
+            except FAILURES as error:
+                question.fail(error)
+
+    def _over(self, then: Then, question: Question, answer: Message | None, error: Exception | None) -> None:
+        """A question ended, unless its connection did that had been there before: then once more."""
+        peer, now = question.contact.peer, trio.current_time()
+        if isinstance(error, ConnectionLost) and not question.dialled and self._nursery is not None:
+            question.again()
+            question.watch(question.until)
+            self.start(partial(self._dial, question))
+            return
+        self.bytes += question.bytes
+        self._in_use[peer] -= 1
+        if not self._in_use[peer]:
+            del self._in_use[peer]
+            self._close_unused()
         if answer is None:
             self.unanswered += 1
             self.doubt(peer)
-            if self._heard_at > began:
+            if self._heard_at > question.began:
                 self._table.on_failure(peer)
-            return None
-        self._heard_at = now
-        self.pace.answered(peer, now - began, dialled=dial)
-        self.heard(peer)
-        return answer
+        else:
+            self._heard_at = now
+            self.pace.answered(peer, now - question.began, dialled=question.dialled)
+            self.heard(peer)
+        then(answer)
 
     def doubt(self, peer: PeerId) -> None:
         """Let questions to `peer` hold nothing up until it was heard again."""
@@ -122,13 +207,21 @@ class Asker:
         info = self._mesh.peers.get(peer)
         if info is None:
             return Contact(peer)
-        contact = contact_of(info)
-        if self._answers(info):
-            self._table.on_alive(contact, host_of(info), trio.current_time())
+        face = self._face(info)
+        if face.answers:
+            self._table.on_alive(face.contact, face.host, trio.current_time())
         elif is_identified(info):
             self._table.forget(peer)  # it says that it answers no questions, or no more
         self.touch(peer)
-        return contact
+        return face.contact
+
+    def _face(self, info: PeerInfo) -> Face:
+        face = self._faces.get(info.peer)
+        if face is None or face.info is not info:
+            spoken = next((name for name in self._protocols if name in info.protocols), self._protocols[0])
+            face = Face(info, contact_of(info), host_of(info), spoken, self._answers(info))
+            self._faces[info.peer] = face
+        return face
 
     def meet(self) -> None:
         """Take connected peers that answer questions for known."""
@@ -145,6 +238,10 @@ class Asker:
     def _answers(self, info: PeerInfo) -> bool:
         return any(access_to(name) <= info.access and name in info.protocols for name in self._protocols)
 
+    def _may_answer(self, info: PeerInfo) -> bool:
+        """Whether it answers, or did not say yet what it speaks."""
+        return not is_identified(info) or self._face(info).answers
+
     def touch(self, peer: PeerId) -> None:
         """The connection to `peer` was of use, to either side."""
         if peer in self._opened:
@@ -158,57 +255,9 @@ class Asker:
             self._opened[contact.peer] = None
             self._close_unused()
 
-    async def _try(self, contact: Contact, question: Message) -> Message:
-        peer = contact.peer
-        await self.connect(contact)
-        info = self._mesh.peers.get(peer)
-        if info is not None and is_identified(info) and not self._answers(info):
-            self._table.forget(peer)
-            raise Refused(f"{peer} answers no questions", reason="protocol")
-        stream = await self._mesh.open_stream(peer, self._protocol(peer))
-        done = False
-        try:
-            answer = await self._exchange(stream, question)
-            done = True
-            return answer
-        finally:
-            if done:
-                await stream.aclose()
-            else:
-                stream.reset()
-
-    async def _exchange(self, stream: Stream, question: Message) -> Message:
-        """Send and hear.
-
-        js-libp2p gives a stream up whose end came with the question, so over libp2p's own protocol the end
-        comes later; there `ADD_PROVIDER` has no answer, and that of a ping sent after it shows that it was
-        taken.
-        """
-        is_foreign = stream.protocol == FOREIGN_PROTOCOL
-        raw, kind = write(question), question.kind
-        if is_foreign and kind is Kind.ADD_PROVIDER:
-            raw, kind = raw + write(Message(Kind.PING)), Kind.PING
-        self.bytes += len(raw)
-        await stream.send(raw, end=not is_foreign)
-        data = b""
-        while (cut := varint.split_prefixed(data, self._limits.message_bytes)) is None:
-            piece = await stream.receive_some()
-            if not piece:
-                raise RemoteProtocolError("the stream ended without an answer")
-            data += piece
-        self.bytes += len(data)
-        answer = read(cut[0], self._limits)
-        if answer.kind is not kind:
-            raise RemoteProtocolError(f"asked {kind.name}, answered {answer.kind.name}")
-        return question if kind is not question.kind else answer
-
-    def _protocol(self, peer: PeerId) -> str:
-        """What `peer` speaks of what this node speaks; Mycel's own where it did not say."""
-        info = self._mesh.peers.get(peer)
-        spoken = () if info is None else info.protocols
-        return next((name for name in self._protocols if name in spoken), self._protocols[0])
-
     def _close_unused(self) -> None:
+        if len(self._opened) <= self._limits.connections:
+            return
         for peer in list(self._opened):
             if len(self._opened) <= self._limits.connections:
                 return
@@ -219,6 +268,7 @@ class Asker:
     def lost(self, peer: PeerId, reason: str) -> None:
         """The connection to `peer` is over, for a reason as in `ConnectionLost`."""
         self._opened.pop(peer, None)
+        self._faces.pop(peer, None)
         if reason == "left":
             self._table.forget(peer)
         elif reason in ("silent", "reset"):

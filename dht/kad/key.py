@@ -55,8 +55,10 @@ def name_near(own: Key, bits: int, entropy: bytes) -> bytes | None:
     A question names what it looks for, and the asked hash it; so a bucket can only be looked through by a
     name that falls into it. Such names are found by trying, which is cheap as long as the bucket is not
     deeper than a network is large. None where trying found none."""
+    seed, shift = hashlib.sha256(entropy).digest()[:24], BITS - 1 - bits
+    wanted = own >> shift ^ 1
     for number in range(TRIES_PER_BIT << bits):
-        name = hashlib.sha256(entropy + number.to_bytes(8, "big")).digest()
-        if shared_bits(own, key_of(name)) == bits:
+        name = seed + number.to_bytes(8, "big")
+        if key_of(name) >> shift == wanted:
             return name
     return None

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import enum
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,10 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+PASSED_OVER = (State.LATE, State.FAILED)
+"""States of those that the lookup goes on without."""
+
+
 @dataclass(slots=True)
 class Candidate:
     """A peer that may be near. One object for all paths that know it."""
@@ -57,8 +60,8 @@ class Candidate:
 class Path:
     """One way to the key."""
 
-    front: list[Candidate] = field(default_factory=list)
-    """Candidates, nearest first."""
+    front: list[tuple[int, Candidate]] = field(default_factory=list)
+    """Candidates behind their distances, nearest first."""
     known: dict[PeerId, None] = field(default_factory=dict)
     nearest: int = 1 << 256
     """The smallest distance that an answer on this path named."""
@@ -78,6 +81,9 @@ class Lookup:
         self._width = width
         self._candidates: dict[PeerId, Candidate] = {}
         self._paths = [Path() for _ in range(limits.paths)]
+        self._out: dict[PeerId, Candidate] = {}
+        """Whose questions are under way, late ones included."""
+        self._late = self._failed = self._answered = 0
         self._stopped = False
         self._asked = 0
         for number, seed in enumerate(sorted(seeds, key=lambda seed: seed.key ^ target)):
@@ -94,15 +100,18 @@ class Lookup:
 
     def plan(self, now: float) -> list[Contact]:
         """Whom to ask now, each with `asked` to follow at once. Notes who is late."""
-        for candidate in self._under_way():
+        for candidate in self._out.values():
             if candidate.state is State.ASKED and candidate.late_at <= now:
                 candidate.state = State.LATE
+                self._late += 1
         if self._stopped:
             return []
         asks: list[Contact] = []
-        free = self._limits.questions - len(self._under_way())
+        free = self._limits.questions - len(self._out)
         free = min(free, self._limits.lookup_questions - self._asked)
         for number, path in enumerate(self._paths):
+            if len(asks) >= free:
+                break
             front = self._front(path)
             out = sum(one.state is State.ASKED and one.path == number for one in front)
             most = 1 if path.is_nearing else self._at_once()
@@ -111,6 +120,7 @@ class Lookup:
                     break
                 if candidate.state is State.FRESH:
                     candidate.state, candidate.path = State.ASKED, number
+                    self._out[candidate.contact.peer] = candidate
                     asks.append(candidate.contact)
                     out += 1
         self._asked += len(asks)
@@ -119,10 +129,8 @@ class Lookup:
     def _at_once(self) -> int:
         """Questions that a path has out where it must ask its whole front: its share, and more where many of
         the asked do not answer, for of the next ones as many will not."""
-        states = [one.state for one in self._candidates.values()]
-        missed = states.count(State.FAILED) + states.count(State.LATE)
         share = self._width / len(self._paths)
-        return math.ceil(share * (1 + missed / (1 + states.count(State.ANSWERED))))
+        return math.ceil(share * (1 + (self._failed + self._late) / (1 + self._answered)))
 
     def asked(self, peer: PeerId, late_at: float) -> None:
         """The question to `peer` is out; after `late_at` it holds nothing up."""
@@ -130,8 +138,9 @@ class Lookup:
 
     def answered(self, peer: PeerId, closer: Sequence[Contact]) -> None:
         """`peer` answered, late or not, and named these peers."""
-        candidate = self._candidates[peer]
+        candidate = self._over(peer)
         candidate.state = State.ANSWERED
+        self._answered += 1
         path = self._paths[candidate.path]
         path.is_nearing = False
         for contact in closer[: self._limits.bucket]:
@@ -142,7 +151,14 @@ class Lookup:
 
     def failed(self, peer: PeerId) -> None:
         """`peer` did not answer, or not as it should."""
-        self._candidates[peer].state = State.FAILED
+        self._over(peer).state = State.FAILED
+        self._failed += 1
+
+    def _over(self, peer: PeerId) -> Candidate:
+        """The question to `peer` is under way no more."""
+        candidate = self._out.pop(peer)
+        self._late -= candidate.state is State.LATE
+        return candidate
 
     def _learn(self, path: Path, contact: Contact, hops: int) -> Candidate | None:
         if contact.peer == self._own:
@@ -155,18 +171,19 @@ class Lookup:
             candidate.contact = contact
         if contact.peer not in path.known:
             path.known[contact.peer] = None
-            bisect.insort(path.front, candidate, key=lambda one: one.distance)
+            bisect.insort(path.front, (candidate.distance, candidate))
         return candidate
 
     def _front(self, path: Path) -> list[Candidate]:
         """The nearest candidates that count on a path."""
-        counting = (
-            one for one in path.front if one.state is not State.FAILED and one.state is not State.LATE
-        )
-        return list(itertools.islice(counting, self._width))
-
-    def _under_way(self) -> list[Candidate]:
-        return [one for one in self._candidates.values() if one.state in (State.ASKED, State.LATE)]
+        counting = [one for _, one in path.front[: self._width] if one.state not in PASSED_OVER]
+        place = self._width
+        while len(counting) < self._width and place < len(path.front):
+            one = path.front[place][1]
+            place += 1
+            if one.state not in PASSED_OVER:
+                counting.append(one)
+        return counting
 
     @property
     def is_done(self) -> bool:
@@ -174,19 +191,16 @@ class Lookup:
         if self._stopped:
             return True
         if self._asked >= self._limits.lookup_questions:
-            return not any(one.state is State.ASKED for one in self._candidates.values())
-        fronts = [self._front(path) for path in self._paths]
-        if any(one.state is not State.ANSWERED for front in fronts for one in front):
+            return self._late == len(self._out)
+        if any(one.state is not State.ANSWERED for path in self._paths for one in self._front(path)):
             return False
-        states = [one.state for one in self._candidates.values()]
-        late, answered = states.count(State.LATE), states.count(State.ANSWERED)
-        return late == 0 or 2 * answered >= min(self._width, late + answered)
+        return self._late == 0 or 2 * self._answered >= min(self._width, self._late + self._answered)
 
     @property
     def late_next(self) -> float:
         """When the next question gets late, infinity when none is out."""
         return min(
-            (one.late_at for one in self._candidates.values() if one.state is State.ASKED),
+            (one.late_at for one in self._out.values() if one.state is State.ASKED),
             default=float("inf"),
         )
 

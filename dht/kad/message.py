@@ -3,12 +3,16 @@
 A question and its answer have one form. What an answer names beyond its bounds is cut, a peer whose id is
 none is left out; bytes that are no message at all raise. `PUT_VALUE` and `ADD_PROVIDER` are answered with
 what the peer holds after it, so that whoever asked can count: under libp2p's own id `ADD_PROVIDER` has no
-answer."""
+answer.
+
+The same peers are told again and again, so their bytes are written and read once (`Envelope` in kad.proto
+leaves them alone) and remembered, up to a number."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -18,6 +22,7 @@ from mycel.dht.kad.table import Contact
 from mycel.protocol import varint
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.limits import KadLimits
+from mycel.protocol.mesh import PeerId
 from mycel.protocol.pb import kad_pb2
 
 KAD_PROTOCOL = "/mycel/kad/1"
@@ -26,6 +31,12 @@ FOREIGN_PROTOCOL = "/ipfs/kad/1.0.0"
 
 ADDRS_MAX = 8
 ADDR_BYTES_MAX = 512
+
+REMEMBERED = 16384
+"""Peers whose bytes are remembered, each way..."""
+
+REMEMBERED_BYTES_MAX = 256
+"""...where they are no longer than this, as with two or three addresses: what strangers send stays small."""
 
 
 class Kind(enum.IntEnum):
@@ -51,13 +62,16 @@ class Message:
     providers: tuple[Contact, ...] = ()
 
 
+_TYPES = {kind: kad_pb2.Message.MessageType.Name(kind) for kind in Kind}
+
+
 def write(message: Message) -> bytes:
     """`message` behind its length."""
-    raw = kad_pb2.Message(
-        type=kad_pb2.Message.MessageType.Name(message.kind),
+    raw = kad_pb2.Envelope(
+        type=_TYPES[message.kind],
         key=message.name,
-        closer_peers=[_write_peer(contact) for contact in message.closer],
-        provider_peers=[_write_peer(contact) for contact in message.providers],
+        closer_peers=[_bytes_of(contact.peer, contact.addrs) for contact in message.closer],
+        provider_peers=[_bytes_of(contact.peer, contact.addrs) for contact in message.providers],
     )
     if message.record is not None:
         raw.record.key = message.name
@@ -68,8 +82,10 @@ def write(message: Message) -> bytes:
 def read(raw: bytes, limits: KadLimits) -> Message:
     """The message `raw` (without its length). Raises `RemoteProtocolError` for bytes that are none."""
     try:
-        found = kad_pb2.Message.FromString(raw)
+        found = kad_pb2.Envelope.FromString(raw)
         kind = Kind(found.type)
+        closer = tuple(_read_peers(found.closer_peers[: limits.bucket]))
+        providers = tuple(_read_peers(found.provider_peers[: limits.providers]))
     except (DecodeError, ValueError) as error:
         raise RemoteProtocolError(f"not a Kademlia message: {error}") from None
     if len(found.key) > limits.name_bytes + 128:
@@ -79,24 +95,29 @@ def read(raw: bytes, limits: KadLimits) -> Message:
         if found.record.key and found.record.key != found.key:
             raise RemoteProtocolError("a record under another key than the message's")
         record = found.record.value
-    return Message(
-        kind,
-        found.key,
-        record,
-        tuple(_read_peers(found.closer_peers[: limits.bucket])),
-        tuple(_read_peers(found.provider_peers[: limits.providers])),
-    )
+    return Message(kind, found.key, record, closer, providers)
 
 
-def _write_peer(contact: Contact) -> kad_pb2.Message.Peer:
-    return kad_pb2.Message.Peer(id=bytes_of_peer(contact.peer), addrs=contact.addrs)
+@functools.lru_cache(maxsize=REMEMBERED)
+def _bytes_of(peer: PeerId, addrs: tuple[bytes, ...]) -> bytes:
+    return kad_pb2.Message.Peer(id=bytes_of_peer(peer), addrs=addrs).SerializeToString()
 
 
-def _read_peers(peers: Iterable[kad_pb2.Message.Peer]) -> Iterable[Contact]:
-    for peer in peers:
-        try:
-            name = peer_of_bytes(peer.id)
-        except ValueError:
-            continue
-        addrs = [addr for addr in peer.addrs[:ADDRS_MAX] if 0 < len(addr) <= ADDR_BYTES_MAX]
-        yield Contact(name, tuple(addrs))
+def _read_peers(raws: Iterable[bytes]) -> Iterator[Contact]:
+    for raw in raws:
+        contact = (_remembered if len(raw) <= REMEMBERED_BYTES_MAX else _read_peer)(raw)
+        if contact is not None:
+            yield contact
+
+
+def _read_peer(raw: bytes) -> Contact | None:
+    """The peer `raw`, None where its id is none. Raises `DecodeError`."""
+    peer = kad_pb2.Message.Peer.FromString(raw)
+    try:
+        name = peer_of_bytes(peer.id)
+    except ValueError:
+        return None
+    return Contact(name, tuple(addr for addr in peer.addrs[:ADDRS_MAX] if 0 < len(addr) <= ADDR_BYTES_MAX))
+
+
+_remembered = functools.lru_cache(maxsize=REMEMBERED)(_read_peer)

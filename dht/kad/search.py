@@ -1,11 +1,11 @@
-"""Running lookups: a `Lookup` says whom to ask, this asks, in a task for each question.
+"""Running lookups: a `Lookup` says whom to ask, this asks.
 
-The tasks live in the service's nursery and not in the lookup's caller: a lookup does not wait for who is
+A lookup goes on where its answers arrive, and wakes its caller when it is done. It does not wait for who is
 late, but whether the late one answers after all is worth knowing, for the table and for the next lookup."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import trio
@@ -15,7 +15,6 @@ from mycel.dht.kad.key import Key
 from mycel.dht.kad.lookup import Lookup
 from mycel.dht.kad.message import Message
 from mycel.dht.kad.table import Contact, Table
-from mycel.protocol.errors import LocalProtocolError
 from mycel.protocol.limits import KadLimits
 from mycel.protocol.mesh import PeerId
 
@@ -31,13 +30,9 @@ class Searcher:
         self._table = table
         self._asker = asker
         self._limits = limits
-        self._nursery: trio.Nursery | None = None
+        self._running: dict[Lookup, Search] = {}
         self.remembered: Sequence[Contact] = ()
         """Contacts of an earlier run: where lookups begin while the table is thin."""
-
-    def lives_in(self, nursery: trio.Nursery | None) -> None:
-        """Where the questions' tasks live."""
-        self._nursery = nursery
 
     def lookup(self, target: Key, width: int) -> Lookup:
         """A lookup that begins with whom this node knows."""
@@ -51,70 +46,82 @@ class Searcher:
 
     async def run(self, lookup: Lookup, question: Message, heard: Heard | None = None) -> None:
         """Ask `question` along `lookup` until it is done."""
-        news = News()
-        while True:
-            for contact in lookup.plan(trio.current_time()):
-                lookup.asked(contact.peer, self._asker.late_at(contact.peer))
-                self.start(partial(self._ask, lookup, contact, question, heard, news))
-            if lookup.is_done:
-                return
-            await news.wait(lookup.late_next)
+        search = Search(partial(self._go_on, lookup, question, heard))
+        self._running[lookup] = search
+        try:
+            await search.run()
+        finally:
+            del self._running[lookup]
 
-    async def _ask(
-        self, lookup: Lookup, contact: Contact, question: Message, heard: Heard | None, news: News
+    def _go_on(self, lookup: Lookup, question: Message, heard: Heard | None) -> float:
+        """Ask whoever is to be asked now; until when nothing else need be done, minus infinity for ever."""
+        for contact in lookup.plan(trio.current_time()):
+            lookup.asked(contact.peer, self._asker.late_at(contact.peer))
+            self._asker.ask_soon(contact, question, partial(self._answered, lookup, contact, heard))
+        return float("-inf") if lookup.is_done else lookup.late_next
+
+    def _answered(
+        self, lookup: Lookup, contact: Contact, heard: Heard | None, answer: Message | None
     ) -> None:
-        answer = await self._asker.ask(contact, question)
         if answer is None:
             lookup.failed(contact.peer)
         else:
             lookup.answered(contact.peer, answer.closer)
             if heard is not None:
                 heard(contact, answer)
-        news.tell()
+        search = self._running.get(lookup)
+        if search is not None:
+            search.step()
 
     async def tell(
         self, contacts: Sequence[Contact], question: Message, heard: Heard, enough: Callable[[], bool]
     ) -> None:
         """Ask everybody at once; returns when all answered, or all who do not are late and there is
         `enough`."""
-        news, waiting = News(), {contact.peer: None for contact in contacts}
+        waiting = {contact.peer: None for contact in contacts}
         late_at = max((self._asker.late_at(contact.peer) for contact in contacts), default=0.0)
 
-        async def ask(contact: Contact) -> None:
-            answer = await self._asker.ask(contact, question)
+        def until() -> float:
+            late = trio.current_time() >= late_at
+            if not waiting or (late and enough()):
+                return float("-inf")
+            return float("inf") if late else late_at
+
+        search = Search(until)
+
+        def answered(contact: Contact, answer: Message | None) -> None:
             del waiting[contact.peer]
             if answer is not None:
                 heard(contact, answer)
-            news.tell()
+            search.step()
 
         for contact in contacts:
-            self.start(partial(ask, contact))
-        while waiting:
-            late = trio.current_time() >= late_at
-            if late and enough():
-                return
-            await news.wait(float("inf") if late else late_at)
-
-    def start(self, task: Callable[[], Awaitable[object]]) -> None:
-        """Run `task` beside everything else. Raises `LocalProtocolError` where the service does not run."""
-        if self._nursery is None:
-            raise LocalProtocolError("Kademlia.run is not running; start it before asking")
-        self._nursery.start_soon(task)
+            self._asker.ask_soon(contact, question, partial(answered, contact))
+        await search.run()
 
 
-class News:
-    """Wakes one waiting task; news that come while nobody waits are not lost."""
+class Search:
+    """One task that waits for what others do: `step` until it says to wait for nothing more."""
 
-    def __init__(self) -> None:
-        self._event = trio.Event()
+    def __init__(self, go_on: Callable[[], float]) -> None:
+        """`go_on` does what there is to do and says until when to wait, minus infinity: no more."""
+        self._go_on = go_on
+        self._scope: trio.CancelScope | None = None
+        self._over = trio.Event()
 
-    def tell(self) -> None:
+    async def run(self) -> None:
+        """Step now, whenever told to, and at the times that `go_on` names, until it is over."""
+        while not self._over.is_set():
+            with trio.CancelScope() as self._scope:
+                self.step()
+                await self._over.wait()
+
+    def step(self) -> None:
         """Something happened."""
-        self._event.set()
-
-    async def wait(self, until: float) -> None:
-        """Until something happened since the last wait, or the trio time `until`."""
-        with trio.CancelScope(deadline=until):
-            await self._event.wait()
-        if self._event.is_set():
-            self._event = trio.Event()
+        if self._scope is None or self._over.is_set():
+            return
+        until = self._go_on()
+        if until == float("-inf"):
+            self._over.set()
+        else:
+            self._scope.deadline = until

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import trio
 from trio import TaskStatus
@@ -97,7 +96,7 @@ class Kademlia:
         self._searcher = Searcher(mesh.peer_id, self.table, self.asker, limits)
         self._protocols = protocols
         kept = memory.read(remembered)
-        self._searcher.remembered = kept.contacts
+        self._searcher.remembered = self.remembered = kept.contacts
         self._own = self._reread(kept.records)
         self._provided = dict.fromkeys(kept.provided, float("-inf"))
         self._upkeep = Upkeep(self, mesh, limits)
@@ -130,14 +129,14 @@ class Kademlia:
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Answer, ask and keep in order until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._searcher.lives_in(nursery)
+            self.asker.lives_in(nursery)
             try:
                 await nursery.start(self._watch)
                 nursery.start_soon(self._upkeep.run)
                 task_status.started()
                 await trio.sleep_forever()
             finally:
-                self._searcher.lives_in(None)
+                self.asker.lives_in(None)
 
     async def _watch(self, *, task_status: TaskStatus[None]) -> None:
         while True:
@@ -159,6 +158,7 @@ class Kademlia:
         """Find the peers nearest to this node, who so learn of it; how many peers are known then."""
         self.asker.meet()
         await self.look_around(bytes_of_peer(self._mesh.peer_id), self._limits.bucket)
+        self.table.looked_around(trio.current_time())
         return len(self.table)
 
     def memory(self) -> bytes:
@@ -166,11 +166,6 @@ class Kademlia:
         records = tuple((own.record.name, own.record.raw, own.life_s) for own in self._own.values())
         contacts = tuple(self.table.all()[: self._limits.bucket * 8])
         return memory.write(memory.Remembered(contacts, records, tuple(self._provided)))
-
-    @property
-    def has_memories(self) -> bool:
-        """Whether an earlier run left contacts to begin with."""
-        return bool(self._searcher.remembered)
 
     # --- peers
 
@@ -345,7 +340,7 @@ class Kademlia:
             record = held.get(contact.peer)
             if record is None or record.order < newest.order:
                 question = Message(Kind.PUT_VALUE, newest.name, newest.raw)
-                self._searcher.start(partial(self.asker.ask, contact, question))
+                self.asker.ask_soon(contact, question)
                 self.answerer.count("repaired")
 
     # --- providers

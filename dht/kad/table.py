@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from mycel.dht.kad.key import BITS, Key, key_of_peer, shared_bits
 from mycel.protocol.limits import KadLimits
 from mycel.protocol.mesh import PeerId
+
+BITS_MAX = 14
+"""Deeper buckets are never looked through by a name that falls into them: such names are dear to find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +138,32 @@ class Table:
     def closest(self, key: Key, count: int) -> list[Contact]:
         """Up to `count` contacts nearest to `key`, nearest first; those whose last question failed only where
         there is nobody else."""
-        entries = [entry for bucket in self._buckets.values() for entry in bucket.entries.values()]
-        entries.sort(key=lambda entry: entry.key ^ key)
-        good = [entry for entry in entries if not entry.failures]
-        return [entry.contact for entry in (good or entries)[:count]]
+        good: list[Contact] = []
+        for entries in self._outwards(key):
+            near = {entry.key ^ key: entry.contact for entry in entries if not entry.failures}
+            good += [near[distance] for distance in sorted(near)]
+            if len(good) >= count:
+                return good[:count]
+        if good:
+            return good
+        failed = [entry for entries in self._outwards(key) for entry in entries]
+        return [entry.contact for entry in sorted(failed, key=lambda entry: entry.key ^ key)[:count]]
+
+    def _outwards(self, key: Key) -> Iterator[Collection[Entry]]:
+        """All entries in groups, each nearer to `key` than the next.
+
+        Nearest is the bucket that `key` falls into. Then come all deeper ones, which part from it at the same
+        bit, and then the shallower ones, each parting from it a bit earlier.
+        """
+        home = shared_bits(self._key, key)
+        yield self._entries(home)
+        yield [entry for index in self._buckets if index > home for entry in self._entries(index)]
+        for index in range(min(home, BITS) - 1, -1, -1):
+            yield self._entries(index)
+
+    def _entries(self, index: int) -> Collection[Entry]:
+        bucket = self._buckets.get(index)
+        return () if bucket is None else bucket.entries.values()
 
     def find(self, peer: PeerId) -> Contact | None:
         """The contact of `peer`, None where it is not in the table."""
@@ -163,19 +188,49 @@ class Table:
         """A lookup went for `key`."""
         self._bucket_of(key).looked_at = now
 
+    def looked_around(self, now: float) -> None:
+        """A lookup went for this node itself, and so through its whole neighbourhood."""
+        for index in range(self.neighbourhood, self._deepest + 1):
+            bucket = self._buckets.get(index)
+            if bucket is None:
+                bucket = self._buckets[index] = Bucket()
+            bucket.looked_at = now
+
+    @property
+    def neighbourhood(self) -> int:
+        """The first bucket of those that hold this node's nearest: together no more than one bucket's fill.
+
+        Buckets too deep for names of their own (`BITS_MAX`) count among them in any case.
+        """
+        index, held = self._deepest + 1, 0
+        while index > 0:
+            held += len(self._entries(index - 1))
+            if held > self._limits.bucket:
+                break
+            index -= 1
+        return min(index, BITS_MAX + 1)
+
+    @property
+    def _deepest(self) -> int:
+        """The deepest bucket that has anybody, -1 where none has."""
+        held = [index for index, bucket in self._buckets.items() if bucket.entries and index < BITS]
+        return max(held, default=-1)
+
     def stale_buckets(self, since: float) -> list[int]:
         """Buckets that no lookup went through since then: each down to the deepest that has anybody."""
-        held = [index for index, bucket in self._buckets.items() if bucket.entries and index < BITS]
-        deepest = max(held, default=-1)
         found = []
-        for index in range(deepest + 1):
+        for index in range(self._deepest + 1):
             bucket = self._buckets.get(index)
             if bucket is None or bucket.looked_at < since:
                 found.append(index)
         return found
 
     def _bucket_of(self, key: Key) -> Bucket:
-        return self._buckets.setdefault(shared_bits(self._key, key), Bucket())
+        index = shared_bits(self._key, key)
+        bucket = self._buckets.get(index)
+        if bucket is None:
+            bucket = self._buckets[index] = Bucket()
+        return bucket
 
 
 @functools.lru_cache(maxsize=4096)

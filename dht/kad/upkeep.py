@@ -24,9 +24,6 @@ REPUBLISH_AT_ONCE = 16
 ALONE_S_MAX = 600.0
 """The longest pause before those known from an earlier run are tried again while nobody is there."""
 
-REFRESH_BITS_MAX = 14
-"""Deeper buckets are filled by looking for oneself: names for them are dear (see `name_near`)."""
-
 
 class Upkeep:
     """The unasked half of a node."""
@@ -65,7 +62,7 @@ class Upkeep:
         """
         alone = not len(self._kad.table)
         self._settled = self._settled and not alone
-        if self._settled or (alone and (now < self._look_at or not self._kad.has_memories)):
+        if self._settled or (alone and (now < self._look_at or not self._kad.remembered)):
             return
         self._settled = await self._kad.bootstrap() > 0
         self._alone_s = 0.0 if self._settled else min(2 * self._alone_s + self._limits.tick_s, ALONE_S_MAX)
@@ -79,13 +76,20 @@ class Upkeep:
                 nursery.start_soon(self._kad.asker.ask, contact, Message(Kind.PING))
 
     async def _refresh(self, now: float) -> None:
-        """Look through one bucket that no lookup went through for long."""
-        own = key_of_peer(self._mesh.peer_id)
-        for index in self._kad.table.stale_buckets(now - self._limits.refresh_s):
-            name = name_near(own, index, self._mesh.entropy(16)) if index <= REFRESH_BITS_MAX else None
-            if name is not None:
+        """Look through one bucket that no lookup went through for long.
+
+        Those in which nobody is but this node's neighbours are looked through together, by looking for
+        oneself: names that fall into deep buckets are dear (see `name_near`).
+        """
+        own, table = key_of_peer(self._mesh.peer_id), self._kad.table
+        for index in table.stale_buckets(now - self._limits.refresh_s)[:1]:
+            name = None
+            if index < table.neighbourhood:
+                name = name_near(own, index, self._mesh.entropy(16))
+            if name is None:
+                await self._kad.bootstrap()
+            else:
                 await self._kad.look_around(name, self._limits.quorum)
-                return
 
     async def _republish(self, now: float) -> None:
         """Tell records again that nobody told for a while; how long is drawn anew each time."""
