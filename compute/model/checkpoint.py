@@ -147,9 +147,10 @@ def _cached(model: str, error: Exception) -> Source:
         directory = Path(snapshot_download(model, local_files_only=True))
         source = replace(_local(directory), name=model)
     except (LocalEntryNotFoundError, FileNotFoundError) as missing:
+        here = "nothing" if isinstance(missing, LocalEntryNotFoundError) else f"not all ({missing})"
         raise FileNotFoundError(
-            f"{model!r} is no directory, the hub gave no such model ({error}), "
-            f"and no complete copy is cached here ({missing})"
+            f"{model!r} is no directory, the hub gave no such model ({error}), and {here} of it is cached; "
+            "reach the hub, or name a directory with the model's files"
         ) from error
     return source
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from mycel.cli import cli
-from mycel.compute.model.checkpoint import fetch_whole
 from mycel.node.client import Client
 
 MachineOf = Callable[[str], Any]
 PROMPT = "def "
-REVISION = "0" * 40
 
 
 def expected(model: Path, count: int) -> str:
@@ -65,29 +62,6 @@ def test_a_model_is_served_by_name_where_nobody_has_its_files(
         assert weights_in(home)[1:] == layers
     (kept,) = a.json("models", "list")
     assert sorted(keeper["held"] for keeper in kept["others"]) == [[[0, 2]], [[2, 4]]]
-
-
-def hub_cache(folder: Path, model: Path, name: str) -> None:
-    """Lay `model` out as the hub client's cache has it after a download."""
-    place = folder / f"models--{name.replace('/', '--')}"
-    shutil.copytree(model, place / "snapshots" / REVISION)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(REVISION)
-
-
-def test_a_hub_model_is_added_from_the_hubs_own_cache(
-    byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub_cache(tmp_path, byte_model, "org/tiny")
-    found = fetch_whole("org/tiny")
-    assert (found / "model.safetensors").read_bytes() == (byte_model / "model.safetensors").read_bytes()
-    assert json.loads((found / "config.json").read_text())["num_hidden_layers"] == 4
-    with pytest.raises(FileNotFoundError, match="no complete copy is cached here"):
-        fetch_whole("org/other")
 
 
 def test_models_say_what_they_can() -> None:

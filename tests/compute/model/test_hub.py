@@ -146,6 +146,17 @@ def test_what_is_cached_is_used_when_the_hub_is_gone(hub: Hub) -> None:
     load_stage(StageSpec(MODEL, Span(0, 2), device="cpu", threads=1))
 
 
+def test_all_of_a_model_is_fetched_and_found_again_when_the_hub_is_gone(hub: Hub) -> None:
+    directory = checkpoint.fetch_whole(MODEL)
+    files = sorted(path.name for path in hub.directory.iterdir())
+    assert sorted(path.name for path in directory.iterdir()) == files
+    assert read_card(str(directory)).fingerprint == read_card(MODEL).fingerprint
+    hub.gone = True
+    assert checkpoint.fetch_whole(MODEL) == directory
+    with pytest.raises(FileNotFoundError, match="reach the hub, or name a directory"):
+        checkpoint.fetch_whole("someone/else")
+
+
 def test_a_model_the_hub_does_not_have(hub: Hub) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"'someone/else' is no directory, the hub gave no such model"
