@@ -70,6 +70,10 @@ class CallBook:
             )
         self._served[name] = Served(method, handler, plan_mode(method, handler, inline))
 
+    def remove(self, method: Method[Any, Any]) -> None:
+        """Serve `method` no more. Nothing happens where it is not served."""
+        self._served.pop(method.name.encode(), None)
+
     def find(self, name: bytes, peer: PeerId) -> tuple[Served, Access] | Failure:
         """What `peer` gets when it calls `name`: the method and the access it has, or why not."""
         served = self._served.get(name)

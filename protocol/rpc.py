@@ -91,6 +91,10 @@ class Rpc:
         """
         self._server.shop.book.add(method, handler, inline)
 
+    def stop_serving(self, method: Method[Req, Res]) -> None:
+        """Refuse calls of `method` from now on, as one that was never served. Those under way go on."""
+        self._server.shop.book.remove(method)
+
     @property
     def calls(self) -> Mapping[str, int]:
         """Calls that this node let in so far, by method."""

@@ -88,6 +88,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     op: Annotated[str, msgspec.Meta(max_length=8)] = ""
     codec: Annotated[str, msgspec.Meta(max_length=16)] = ""
     root: PeerId = PeerId("")
+    feedback: bool = False
 
     def __str__(self) -> str:
         words = [self.kind, self.op, f"{self.dtype}[{self.items}]" if self.dtype else "", self.codec]
@@ -194,3 +195,9 @@ Message = (
     Arrive | Vote | Suspect | Prepare | Promise | Outbid | Accept | Accepted | News | Hello
 )  # a tagged union: msgspec tells them apart by their first item
 Placed = Arrive | Vote | Suspect | Prepare | Promise | Outbid | Accept | Accepted
+
+
+class Bundle(msgspec.Struct, frozen=True, array_like=True):
+    """What one call carries."""
+
+    messages: Annotated[tuple[Message, ...], msgspec.Meta(max_length=4096)]

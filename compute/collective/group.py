@@ -161,6 +161,10 @@ class Membership:
         """Whether a call of this tag has not ended, withdrawn or not."""
         return tag in self._calls
 
+    def is_awaited(self, tag: str) -> bool:
+        """Whether another member waits for this one to call an operation of `tag`."""
+        return self._inside is not None and self._inside.ledger.is_awaited(tag)
+
     def withdraw(self, now: float, tag: str, why: str) -> None:
         """This node will not have its call: it fails on all members, unless it is too late for that."""
         if tag in self._calls:

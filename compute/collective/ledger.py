@@ -148,6 +148,11 @@ class Ledger:
         self._out: list[Action] = []
         self._tags: dict[str, TagState] = {}
 
+    def is_awaited(self, tag: str) -> bool:
+        """Whether another member has arrived for an operation that this node has not called."""
+        state = self._tags.get(tag)
+        return state is not None and bool(state.arrived()) and self._me not in state.arrived()
+
     def take(self) -> list[Action]:
         """What is to be done since the last time, in order."""
         out, self._out = self._out, []
@@ -317,6 +322,8 @@ class Ledger:
                     f"{self._order[0]} called {first}, {peer} called {arrived[peer]}; "
                     "give different operations different tags"
                 )
+        if first.root and first.root not in self._order:
+            return f"{first.root}, whose array was to be sent, is no member any more"
         return ""
 
     def _vote(self, tag: str, state: TagState, ending: Ending, why: str) -> None:
