@@ -1,14 +1,18 @@
 """Kademlia in simulated meshes of growing size: how many reads succeed, how far they go, and what they cost.
 
-Latencies are virtual (5 to 80 ms one way, drawn for each pair of nodes), so the figures do not depend on the
-machine, and one seed gives the same ones anywhere. For each size: every node joins, records are put, read
-by others, and read again within the minute after a third of the nodes fell silent at once
-(`silent_third_success`, and `silent_third_p99_ratio`: its p99 over the calm one). Then 60 nodes come and go
-for two virtual hours with sessions of ten minutes (median), half of them ending in a crash, half in silence
-(`churn_success`).
+The nodes run the daemon's own services over the light mesh of `mycel.simnet`. Latencies are virtual (5 to
+80 ms one way, drawn for each pair of nodes), so the figures do not depend on the machine, and one seed gives
+the same ones anywhere. For each size: the nodes join, each through a random one, a quarter as many at a time
+as there are; records are put, read by others, and read again within the minute after a third of the nodes
+fell silent at once (`silent_third_success`, and `silent_third_p99_ratio`: its p99 over the calm one). Before
+that `churn_nodes` nodes come and go for two virtual hours with sessions of ten minutes (median), half of them
+ending in a crash, half in silence (`churn_success`).
 
-`success`, hops and times are those of the largest size; `law` is the least-squares line of questions per join
-against log2 of the nodes. The exit status is 0 only if every promise was kept.
+Figures without a number are those of 1000 nodes, others end in theirs (`success_5000`). `curves` holds a row
+for each size, its columns are `curves_of`; `law_...` are least-squares lines against log2 of the nodes. All
+of it takes a quarter of an hour on one core; --nodes and --churn-s make it shorter. The exit status is 0
+only if every promise was kept. `python -m mycel.simnet.curves bench/results/dht.json docs` draws what
+docs/scale.md shows.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from measure import report, stopwatch
@@ -24,11 +28,26 @@ from measure import report, stopwatch
 from mycel.simnet import clock
 from mycel.simnet.lookups import LookupsOptions, LookupsReport, lookups, restless
 
-SIZES = (60, 120, 240, 480, 960)
+SIZES = (60, 250, 1000, 5000)
+MAIN = 1000
 READS = 400
 RECORDS = 50
 CHURN_S = 7200.0
+CHURN_NODES = 60
 SUCCESS_MIN, SILENT_MIN, CHURN_MIN, RATIO_MAX = 1.0, 0.995, 0.99, 4.0
+
+COLUMNS = (
+    "nodes",
+    "hops_mean",
+    "hops_p99",
+    "latency_p50_s",
+    "latency_p99_s",
+    "questions_per_read",
+    "bytes_per_read",
+    "questions_per_join",
+    "bytes_per_join",
+    "known",
+)
 
 
 def main() -> None:
@@ -39,55 +58,83 @@ def main() -> None:
     parser.add_argument(
         "--churn-s", type=float, default=CHURN_S, help="virtual seconds (default %(default)s)"
     )
+    parser.add_argument("--churn-nodes", type=int, default=CHURN_NODES, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    reports = [_one(LookupsOptions(asked.seed, size, RECORDS, asked.reads)) for size in asked.nodes]
-    options = LookupsOptions(asked.seed, 0, RECORDS, asked.reads, asked.churn_s)
     with stopwatch() as seconds:
+        options = LookupsOptions(
+            asked.seed, 0, RECORDS, asked.reads, asked.churn_s, asked.churn_nodes, say=partial(_say, seconds)
+        )
         churn, deaths = clock.run(partial(restless, options), asked.seed)
-    print(f"  churn: {churn.found} of {churn.tried} found, {deaths} deaths ({seconds():.0f} s)", flush=True)
-    largest = reports[-1]
-    base, slope = law([one.nodes for one in reports], [one.questions_per_join for one in reports])
-    ratio = largest.silent.p99_s / largest.calm.p99_s
-    report(
-        "dht",
-        {
-            "nodes": largest.nodes,
-            "success": min(one.calm.success for one in reports),
-            "hops_p50": largest.calm.hops_p50,
-            "hops_p99": largest.calm.hops_p99,
-            "p50_s": largest.calm.p50_s,
-            "p99_s": largest.calm.p99_s,
-            "silent_third_success": min(one.silent.success for one in reports),
-            "silent_third_p99_s": largest.silent.p99_s,
-            "silent_third_p99_ratio": ratio,
-            "churn_success": churn.success,
-            "churn_reads": churn.tried,
-            "churn_deaths": deaths,
-            "churn_p99_s": churn.p99_s,
-            "questions_per_read": largest.questions_per_read,
-            "bytes_per_read": largest.bytes_per_read,
-            "questions_per_join": largest.questions_per_join,
-            "law": f"{base:.1f} + {slope:.1f} log2 N" if len(reports) > 1 else None,
-            "replicas_min": min(one.replicas_min for one in reports),
-        },
-    )
-    good = all(one.calm.success >= SUCCESS_MIN and one.silent.success >= SILENT_MIN for one in reports)
-    sys.exit(0 if good and churn.success >= CHURN_MIN and ratio < RATIO_MAX else 1)
+        print(
+            f"  churn: {churn.found} of {churn.tried} found, {deaths} deaths ({seconds():.0f} s)", flush=True
+        )
+    reports = [_one(asked.seed, size, asked.reads) for size in sorted(asked.nodes)]
+    figures: dict[str, float | int | str | Sequence[object] | None] = {
+        "churn_success": churn.success,
+        "churn_nodes": asked.churn_nodes,
+        "churn_reads": churn.tried,
+        "churn_deaths": deaths,
+        "churn_latency_p99_s": churn.p99_s,
+    }
+    for told in reports:
+        ending = "" if told.nodes == MAIN else f"_{told.nodes}"
+        figures |= {f"{name}{ending}": value for name, value in _figures(told).items()}
+    rows = [[_figures(told)[name] for name in COLUMNS] for told in reports]
+    for column in ("hops_mean", "questions_per_read", "questions_per_join"):
+        values = [row[COLUMNS.index(column)] for row in rows]
+        base, slope = law([told.nodes for told in reports], values)
+        figures[f"law_{column}"] = f"{base:.2f} + {slope:.2f} log2 N" if len(rows) > 1 else None
+    report("dht", figures | {"curves_of": list(COLUMNS), "curves": rows})
+    good = all(_kept(told) for told in reports)
+    sys.exit(0 if good and churn.success >= CHURN_MIN else 1)
 
 
-def _one(options: LookupsOptions) -> LookupsReport:
+def _one(seed: int, size: int, reads: int) -> LookupsReport:
     with stopwatch() as seconds:
-        told = clock.run(partial(lookups, options), options.seed)
-    calm, silent = told.calm, told.silent
-    print(
-        f"  {told.nodes:5} nodes  calm {calm.found}/{calm.tried} hops {calm.hops_p50:g}/{calm.hops_p99:g} "
-        f"{calm.p50_s:.2f}/{calm.p99_s:.2f} s  a third silent {silent.found}/{silent.tried} "
-        f"{silent.p50_s:.2f}/{silent.p99_s:.2f} s  {told.questions_per_read:.1f} questions a read, "
-        f"{told.questions_per_join:.0f} a join, {told.known:.0f} known  ({seconds():.0f} s)",
-        flush=True,
-    )
+        options = LookupsOptions(seed, size, RECORDS, reads, say=partial(_say, seconds))
+        told = clock.run(partial(lookups, options), seed)
+        calm, silent = told.calm, told.silent
+        print(
+            f"  {told.nodes:5} nodes  calm {calm.found}/{calm.tried} "
+            f"hops {calm.hops_p50:g}/{calm.hops_p99:g} "
+            f"{calm.p50_s:.2f}/{calm.p99_s:.2f} s  a third silent {silent.found}/{silent.tried} "
+            f"{silent.p50_s:.2f}/{silent.p99_s:.2f} s  {calm.questions:.1f} questions a read, "
+            f"{told.questions_per_join:.0f} a join, {told.known:.0f} known  ({seconds():.0f} s)",
+            flush=True,
+        )
     return told
+
+
+def _say(seconds: Callable[[], float], text: str) -> None:
+    print(f"    {text}  ({seconds():.0f} s)", flush=True)
+
+
+def _figures(told: LookupsReport) -> dict[str, float]:
+    calm, silent = told.calm, told.silent
+    return {
+        "nodes": told.nodes,
+        "success": calm.success,
+        "hops_mean": calm.hops_mean,
+        "hops_p50": calm.hops_p50,
+        "hops_p99": calm.hops_p99,
+        "latency_p50_s": calm.p50_s,
+        "latency_p99_s": calm.p99_s,
+        "silent_third_success": silent.success,
+        "silent_third_p99_s": silent.p99_s,
+        "silent_third_p99_ratio": silent.p99_s / calm.p99_s,
+        "questions_per_read": calm.questions,
+        "bytes_per_read": calm.bytes,
+        "questions_per_join": told.questions_per_join,
+        "bytes_per_join": told.bytes_per_join,
+        "known": told.known,
+        "replicas_min": told.replicas_min,
+    }
+
+
+def _kept(told: LookupsReport) -> bool:
+    ratio = told.silent.p99_s / told.calm.p99_s
+    return told.calm.success >= SUCCESS_MIN and told.silent.success >= SILENT_MIN and ratio < RATIO_MAX
 
 
 def law(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:

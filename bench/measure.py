@@ -107,13 +107,19 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def report(name: str, figures: Mapping[str, float | int | str | bool | None]) -> None:
+Figure = float | int | str | bool | None | Sequence["Figure"]
+"""What a result may hold: a number, a word, or a row of them."""
+
+
+def report(name: str, figures: Mapping[str, Figure]) -> None:
     """Print the benchmark's last line: one JSON object with `bench`, the figures, and the machine."""
     rounded = {key: _rounded(value) for key, value in figures.items()}
     print(json.dumps({"bench": name, **rounded, "machine": machine()}), flush=True)
 
 
-def _rounded(value: float | int | str | bool | None) -> float | int | str | bool | None:
+def _rounded(value: Figure) -> Figure:
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

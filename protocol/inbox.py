@@ -24,7 +24,7 @@ class Inbox:
         self._name = name
         self._on_taken = on_taken
         self._pieces: deque[bytes] = deque()
-        self._news = trio.lowlevel.ParkingLot()
+        self._news: trio.lowlevel.ParkingLot | None = None  # most streams have no reader that waits
         self._reader = False
         self.ended = False
         """Whether the other side ended."""
@@ -34,12 +34,12 @@ class Inbox:
     def put(self, data: bytes) -> None:
         """Bytes arrived."""
         self._pieces.append(data)
-        self._news.unpark_all()
+        self._wake()
 
     def end(self) -> None:
         """The other side sends no more."""
         self.ended = True
-        self._news.unpark_all()
+        self._wake()
 
     def lose(self, error: Exception) -> bool:
         """Nothing more comes, and what waits is gone; whether that is news."""
@@ -47,8 +47,12 @@ class Inbox:
             return False
         self.loss = error
         self._pieces.clear()
-        self._news.unpark_all()
+        self._wake()
         return True
+
+    def _wake(self) -> None:
+        if self._news is not None:
+            self._news.unpark_all()
 
     def discard(self) -> None:
         """Nobody will read what waits."""
@@ -69,6 +73,7 @@ class Inbox:
             if self.ended:
                 return b""
             self._reader = True
+            self._news = self._news or trio.lowlevel.ParkingLot()
             try:
                 await self._news.park()
             finally:

@@ -35,7 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(list(arguments))
     began = time.monotonic()
     if asked.scenario == "dht":
-        if asked.nodes < 3 or asked.records < 1 or asked.reads < 1 or asked.churn_s < 0:
+        if (
+            asked.nodes < 3
+            or asked.records < 1
+            or asked.reads < 1
+            or asked.churn_s < 0
+            or asked.churn_nodes < 3
+        ):
             parser.error("there must be 3 nodes, a record to put, and a read")
         return _dht(asked, began)
     if asked.scenario == "nat":
@@ -92,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         "--churn-s",
         type=float,
         default=0.0,
-        help="virtual seconds in which 60 nodes come and go, ten minutes each (default 0: none)",
+        help="virtual seconds in which nodes come and go, ten minutes each (default 0: none)",
     )
+    dht.add_argument("--churn-nodes", type=int, default=60, help="how many come and go (default 60)")
     for scenario in (swarm, rough, nat, dht):
         scenario.add_argument("--seed", type=int, default=0, help="what everything is drawn from (default 0)")
         scenario.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -133,7 +140,12 @@ def _nat(asked: argparse.Namespace, began: float) -> int:
 def _dht(asked: argparse.Namespace, began: float) -> int:
     from mycel.simnet.lookups import LookupsOptions, lookups, restless
 
-    options = LookupsOptions(asked.seed, asked.nodes, asked.records, asked.reads, asked.churn_s)
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+    options = LookupsOptions(
+        asked.seed, asked.nodes, asked.records, asked.reads, asked.churn_s, asked.churn_nodes, say=say
+    )
     report = clock.run(partial(lookups, options), asked.seed)
     if options.churn_s:
         reads, deaths = clock.run(partial(restless, options), asked.seed)

@@ -1,17 +1,19 @@
 """Scenario "dht": Kademlia nodes on the light mesh put and get records, lose a third at once, and churn.
 
-Three parts, all from one seed. Calm: every node joins through a random one, records are put by random nodes
-and read by others. Silent third: a third of the nodes answers nothing any more, without a word, and the
-survivors read through the following minute. Restless: in a world of its own nodes come and go with sessions
-of a given median (half of them crash, half fall silent), while records are put and read; a record's author
-does not stay either, so it lives by its replicas alone.
+Three parts, all from one seed. Calm: nodes join, each through a random one, a quarter as many at a time as
+there are; records are put by random nodes and read by others. Silent third: a third of the nodes answers
+nothing any more, without a word, and the survivors read through the following minute. Restless: in a world
+of its own nodes come and go with sessions of a given median (half crash, half fall silent), while records
+are put and read; a record's author does not stay either, so it lives by its replicas alone.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -23,8 +25,10 @@ from mycel.protocol.mesh import PeerId
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
 JOIN_AT_ONCE = 8
-SETTLE_S = 60.0
-"""After the last join, until upkeep has looked around once."""
+"""Nodes that join at the same time while there are few; later a quarter of those there are."""
+SETTLE_S = 30.0
+"""After the last join, until every node's upkeep has looked around once more."""
+PUT_EVERY_S = 0.1
 MINUTE_S = 60.0
 YOUNG_S = 30.0
 """Sessions shorter than this are not drawn: a join takes seconds."""
@@ -45,6 +49,8 @@ class LookupsOptions:
     session_s: float = 600.0
     """Median session of the restless."""
     limits: KadLimits = DEFAULT_KAD_LIMITS
+    say: Callable[[str], None] = lambda text: None
+    """Told how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,15 @@ class Reads:
 
     tried: int = 0
     found: int = 0
+    hops_mean: float = 0.0
     hops_p50: float = 0.0
     hops_p99: float = 0.0
     p50_s: float = 0.0
     p99_s: float = 0.0
+    questions: float = 0.0
+    """Asked for a read, on average..."""
+    bytes: float = 0.0
+    """...and bytes sent and received by the reader."""
 
     @property
     def success(self) -> float:
@@ -81,15 +92,26 @@ class LookupsReport:
     deaths: int
     """In the restless part."""
     questions_per_join: float
-    questions_per_read: float
-    bytes_per_read: float
-    """Sent and received by the reader."""
+    """Asked by each node until all had joined and settled..."""
+    bytes_per_join: float
+    """...and bytes sent and received for them."""
 
     @property
     def went_well(self) -> bool:
         """Whether every part came up to its promise."""
         restless = self.restless.tried == 0 or self.restless.success >= 0.99
         return self.calm.success == 1.0 and self.silent.success >= 0.995 and restless
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One read."""
+
+    good: bool
+    seconds: float
+    hops: int
+    questions: int = 0
+    bytes: int = 0
 
 
 class Town:
@@ -105,12 +127,11 @@ class Town:
         self.alive: dict[PeerId, tuple[SimMesh, Kademlia, trio.CancelScope]] = {}
         self.put: list[tuple[PeerId, str, bytes, float]] = []
         """Author, name, value and when."""
-        self.results: list[tuple[bool, float, int]] = []
-        """Of each read: found, seconds, hops."""
+        self.results: list[Read] = []
         self.replicas: list[int] = []
 
-    async def join(self) -> None:
-        """One more node, through a random one."""
+    async def join(self) -> PeerId:
+        """One more node, through a random one; who it is."""
         mesh = self.world.add()
         kad, scope = Kademlia(mesh, limits=self.options.limits), trio.CancelScope()
         others = list(self.alive.values())
@@ -124,6 +145,7 @@ class Town:
                 others = list(self.alive.values())
         await kad.bootstrap()
         self.alive[mesh.peer_id] = (mesh, kad, scope)
+        return mesh.peer_id
 
     async def _live(
         self, kad: Kademlia, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
@@ -139,6 +161,13 @@ class Town:
             self.world.silence(mesh)
         else:
             self.world.kill(mesh)
+
+    async def put_all(self) -> None:
+        """As many records as there are to be, one after the other but not one by one."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(self.options.records):
+                nursery.start_soon(self.put_one)
+                await trio.sleep(PUT_EVERY_S)
 
     async def put_one(self) -> None:
         """A random node puts a record of its own."""
@@ -156,11 +185,13 @@ class Town:
         author, name, value, _ = self.rng.choice([one for one in self.put if one[3] < math.inf])
         readers = [one for peer, one in self.alive.items() if peer != author]
         mesh, kad, _ = self.rng.choice(readers)
-        began = trio.current_time()
+        began, before = trio.current_time(), kad.asker.bytes
         found = await kad.get(author, name)
         if mesh.peer_id in self.alive:  # else the reader itself died meanwhile
             good = found is not None and found.record.value == value
-            self.results.append((good, trio.current_time() - began, found.hops if found else 0))
+            seconds, size = trio.current_time() - began, kad.asker.bytes - before
+            hops, questions = (found.hops, found.questions) if found else (0, 0)
+            self.results.append(Read(good, seconds, hops, questions, size))
 
     async def read_through(self, count: int, seconds: float) -> Reads:
         """`count` reads spread evenly over a time, as many at once as it takes."""
@@ -179,24 +210,23 @@ class Town:
 async def lookups(options: LookupsOptions) -> LookupsReport:
     """Run the calm part and the silent third on this trio loop. The restless part: `restless`."""
     rng = random.Random(f"lookups {options.seed}")
-    async with mesh_world(MeshOptions(seed=options.seed)) as world, trio.open_nursery() as nursery:
-        town = Town(world, nursery, options, rng)
-        began = trio.current_time()
-        await _join_all(town, options.nodes)
-        joined_s, asked = trio.current_time() - began, town.questions()[0]
-        await trio.sleep(SETTLE_S)
-        for _ in range(options.records):
-            await town.put_one()
-        calm = await town.read_through(options.reads, MINUTE_S)
-        known = sum(len(kad.table) for _, kad, _ in town.alive.values()) / options.nodes
-        before, one_by_one = town.questions(), min(options.reads, 50)
-        for _ in range(one_by_one):
-            await town.read_one()
-        after = town.questions()
-        for peer in rng.sample(list(town.alive), options.nodes // 3):
-            town.die(peer, silently=True)
-        silent = await town.read_through(options.reads, MINUTE_S)
-        nursery.cancel_scope.cancel()
+    with seldom_collected():
+        async with mesh_world(MeshOptions(seed=options.seed)) as world, trio.open_nursery() as nursery:
+            town = Town(world, nursery, options, rng)
+            began = trio.current_time()
+            await _join_all(town, options.nodes)
+            joined_s = trio.current_time() - began
+            await trio.sleep(SETTLE_S)
+            asked, size = town.questions()
+            options.say(f"settled, {asked / options.nodes:.0f} questions a node")
+            await town.put_all()
+            calm = await town.read_through(options.reads, MINUTE_S)
+            known = sum(len(kad.table) for _, kad, _ in town.alive.values()) / options.nodes
+            options.say(f"read {calm.found} of {calm.tried}; now a third falls silent")
+            for peer in rng.sample(list(town.alive), options.nodes // 3):
+                town.die(peer, silently=True)
+            silent = await town.read_through(options.reads, MINUTE_S)
+            nursery.cancel_scope.cancel()
     return LookupsReport(
         seed=options.seed,
         nodes=options.nodes,
@@ -208,8 +238,7 @@ async def lookups(options: LookupsOptions) -> LookupsReport:
         restless=Reads(),
         deaths=0,
         questions_per_join=asked / options.nodes,
-        questions_per_read=(after[0] - before[0]) / one_by_one,
-        bytes_per_read=(after[1] - before[1]) / one_by_one,
+        bytes_per_join=size / options.nodes,
     )
 
 
@@ -228,20 +257,21 @@ async def restless(options: LookupsOptions) -> tuple[Reads, int]:
                 await trio.sleep(max(YOUNG_S, rng.expovariate(1 / mean)))
                 town.die(peer, silently=rng.random() < 0.5)
                 deaths += 1
-                before = dict.fromkeys(town.alive)
-                await town.join()
-                peer = next(one for one in reversed(town.alive) if one not in before)
+                peer = await town.join()
 
         for peer in list(town.alive):
             nursery.start_soon(live_on, peer)
-        until = trio.current_time() + options.churn_s
-        for _ in range(options.records):
-            await town.put_one()
-        every = options.churn_s / options.reads
+        began, every = trio.current_time(), options.churn_s / options.reads
+        await town.put_all()
         async with trio.open_nursery() as readers:
-            while trio.current_time() < until:
+            for number in range(options.reads):
                 readers.start_soon(town.read_one)
-                await trio.sleep(every)
+                await trio.sleep_until(began + every * (number + 1))
+                if (number + 1) % max(options.reads // 8, 1) == 0:
+                    good = sum(read.good for read in town.results)
+                    options.say(
+                        f"{every * (number + 1):.0f} s: {good} of {len(town.results)}, {deaths} deaths"
+                    )
         reads = reads_of(town.results)
         nursery.cancel_scope.cancel()
     return reads, deaths
@@ -251,23 +281,40 @@ async def _join_all(town: Town, count: int) -> None:
     await town.join()
     left = count - 1
     while left:
-        batch = min(left, JOIN_AT_ONCE, len(town.alive))
+        batch = min(left, max(JOIN_AT_ONCE, len(town.alive) // 4), len(town.alive))
         async with trio.open_nursery() as nursery:
             for _ in range(batch):
                 nursery.start_soon(town.join)
         left -= batch
+        if len(town.alive) >= 500:
+            town.options.say(f"{len(town.alive)} joined after {trio.current_time():.0f} s")
 
 
-def reads_of(results: Sequence[tuple[bool, float, int]]) -> Reads:
-    """How reads went, from what each gave: whether it found the value, seconds, hops."""
-    times, hops = sorted(one[1] for one in results), sorted(one[2] for one in results if one[0])
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Look for garbage less often: what a world holds is millions of objects, and next to none of it is."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def reads_of(results: Sequence[Read]) -> Reads:
+    """How reads went."""
+    times, found = sorted(read.seconds for read in results), [read for read in results if read.good]
+    hops, many = sorted(read.hops for read in found), max(len(found), 1)
     return Reads(
-        len(results),
-        sum(one[0] for one in results),
-        float(_quantile(hops, 0.5)),
-        float(_quantile(hops, 0.99)),
-        _quantile(times, 0.5),
-        _quantile(times, 0.99),
+        tried=len(results),
+        found=len(found),
+        hops_mean=sum(hops) / many,
+        hops_p50=float(_quantile(hops, 0.5)),
+        hops_p99=float(_quantile(hops, 0.99)),
+        p50_s=_quantile(times, 0.5),
+        p99_s=_quantile(times, 0.99),
+        questions=sum(read.questions for read in found) / many,
+        bytes=sum(read.bytes for read in found) / many,
     )
 
 

@@ -167,6 +167,7 @@ class ConnectionEnd:
         self.node.on_down(peer, reason, text)
         for stream in streams.values():
             stream.on_loss(ConnectionLost(f"lost {peer}: {text}", reason=reason))
+        self.other = self  # what is over holds nothing
 
     def watch_silence(self) -> None:
         """Give the connection up when the cut that was just made is still there after `silence_s`."""

@@ -70,7 +70,7 @@ class MeshStream:
         self._credits_itself = True
         self._eof_sent = self._closed = False
         self._send_error: Loss | None = None
-        self._writable = Park(f"room to send on a {protocol} stream")
+        self._writable: Park | None = None
         self._sending = False
 
     def __repr__(self) -> str:
@@ -99,6 +99,7 @@ class MeshStream:
         try:
             while view:
                 if self._credit == 0:
+                    self._writable = self._writable or Park(f"room to send on a {self.protocol} stream")
                     await self._writable.wait()
                     self._check_send()
                     continue
@@ -171,7 +172,7 @@ class MeshStream:
         if not self._eof_sent and self._send_error is None:
             self._eof_sent = True
             self._end.tell(0, "on_eof", self._id)
-            self._writable.wake()
+            self._wake()
             self._forget_if_over()
 
     def reset(self) -> None:
@@ -188,9 +189,17 @@ class MeshStream:
         self._inbox.discard()
         await trio.lowlevel.checkpoint()
 
+    def _wake(self) -> None:
+        if self._writable is not None:
+            self._writable.wake()
+
     def _forget_if_over(self) -> None:
         if self._inbox.loss is not None or (self._eof_sent and self._inbox.ended):
-            self._end.forget(self._id)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._receiver = None  # nothing comes any more; and it often holds this stream
+        self._end.forget(self._id)
 
     def on_data(self, data: bytes) -> None:
         """Bytes arrived."""
@@ -205,7 +214,7 @@ class MeshStream:
     def on_credit(self, count: int) -> None:
         """The other end has taken `count` bytes."""
         self._credit += count
-        self._writable.wake()
+        self._wake()
 
     def on_eof(self) -> None:
         """The other end sends no more."""
@@ -221,7 +230,7 @@ class MeshStream:
         """Nothing more goes either way. A peer's end of stream that came before stays a proper end."""
         self._send_error = self._send_error or loss
         first = self._inbox.lose(loss)
-        self._writable.wake()
+        self._wake()
         if first or self._receiver is not None:
             self._call(None, loss)
-        self._end.forget(self._id)
+        self._forget()
