@@ -7,8 +7,8 @@ clients fail it asks others that are idle. What ends it otherwise:
 than `quorum` can still come: it is short. It says so at once (`Short`), waits `patience_s` for clients
   to come back, and then fails aloud (`Fail`). It never closes with less.
 
-The time is up by what was measured: once a quorum is in, others have `slack` times the pace of the slowest of
-them, or, where one was never measured, of what the quorum took. Below quorum it is `round_s_max`.
+The time is up by what was measured: once a quorum is in, others have `slack` times what that took, or `slack`
+times the pace of the slowest of them, whichever is longer. Below quorum it is `round_s_max`.
 
 An update that comes after its round closed is **late**. It counts in the round that is open then, discounted
 by (1 + s) ** -power where s is how many rounds its model is behind (Xie et al. 2019, arXiv 1903.03934,
@@ -224,7 +224,14 @@ class Rounds:
         behind = self.number + 1 - number
         return self._asked.get(client, (None, 0.0))[0] == number and behind <= self._rules.late_rounds_max
 
-    def budget_s(self, now: float) -> float:
+    @property
+    def expected_s(self) -> float:
+        """How long clients may take, by the slowest that was measured."""
+        if not self._paces:
+            return self._rules.round_s_max
+        return max(self._rules.round_s_min, self._rules.slack * max(self._paces.values()))
+
+    def budget_s(self) -> float:
         """How long a client that is asked now has, late rounds included: what its order says."""
         return self._rules.round_s_max * (1 + self._rules.late_rounds_max)
 
@@ -270,10 +277,7 @@ class Rounds:
         longest = current.began + rules.round_s_max
         if len(current.counted) < rules.quorum:
             return longest
-        if all(client in self._paces for client in asked):
-            pace = max((self._paces[client] for client in asked), default=0.0)
-        else:
-            pace = current.quorum_s
+        pace = max([current.quorum_s, *(self._paces.get(client, 0.0) for client in asked)])
         return min(longest, last + max(rules.round_s_min, rules.slack * pace))
 
     def _short(self, current: _Open, now: float) -> list[Act]:

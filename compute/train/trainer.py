@@ -3,7 +3,8 @@
 The process is started by the first work that needs it and lives from round to round: what costs seconds
 (importing torch, reading data, building the model) is paid once. All built-in applications share one; each
 bundle has one of its own, which ends with its job. A trainer that dies fails the work it was at, with its
-last words, and the next work starts another, after a pause that grows."""
+last words, and the next work starts another, after a pause that grows.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ has decided before that its submitter is trusted.
 
 **Worker momentum** (setting `worker_momentum`, beta): instead of its update u the client sends m = beta * m +
 (1 - beta) * u, begun with its first update. It is kept by job and lives as long as the process. A round that
-is repeated counts once in it."""
+is repeated counts once in it.
+"""
 
 from __future__ import annotations
 
