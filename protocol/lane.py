@@ -82,12 +82,18 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parcel:
-    """A part for `peer`. `fill` gives its body, `head.length` bytes, and is called within the gate only."""
+    """A part for `peer`. `fill` gives its body, `head.length` bytes, and is called within the gate only.
+
+    Parcels that follow from what came go before those that do not: what others wait for, and what is still in
+    this core's cache.
+    """
 
     peer: PeerId
     head: Head
     fill: Callable[[], memoryview]
     gate: Gate
+    is_answer: bool = False
+    """Whether it follows from what came."""
 
 
 class Body(Protocol):

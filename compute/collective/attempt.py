@@ -103,8 +103,14 @@ class Mover(Protocol):
     they were and nothing of the attempt goes on at this node.
     """
 
-    async def all_reduce(self, attempt: Attempt, array: Array, rule: Rule) -> Staged:
-        """Put the members' arrays together, item by item; `keep` writes the result into `array`."""
+    async def all_reduce(
+        self, attempt: Attempt, array: Array, rule: Rule, into: Array | None = None
+    ) -> Staged:
+        """Put the members' arrays together, item by item; once kept, the result stands in `array`.
+
+        Or in `into`, of the same size, which may hold anything while the attempt goes on and after it was
+        dropped; `array` stays as it is. That saves a copy of the input.
+        """
 
     async def reduce_scatter(self, attempt: Attempt, array: Array, part: Array, rule: Rule) -> Staged:
         """As `all_reduce`, for this node's part alone: `part_of(array.size, members, index)` of the result.

@@ -5,8 +5,8 @@ that is ready too. From then on the threads of the lanes do everything (`Operati
 sleeps until the last piece is in its place: one wake-up for an operation, not one for a chunk.
 
 An attempt fails when a peer that it needs is lost, gives up (GONE), sends what it should not, or when
-nothing moved for `LaneLimits.progress_s`. Whoever fails says GONE to its neighbours with the peer it suspects,
-so that a failure goes around the ring in a few round trips instead of a deadline at each member.
+nothing moved for `LaneLimits.progress_s`. Whoever fails says GONE to its neighbours with the peer it
+suspects, so that a failure goes around the ring in a few round trips, not in a deadline at each member.
 """
 
 from __future__ import annotations
@@ -152,17 +152,21 @@ class RingMover:
 
     # Mover
 
-    async def all_reduce(self, attempt: Attempt, array: Array, rule: Rule) -> Staged:
+    async def all_reduce(
+        self, attempt: Attempt, array: Array, rule: Rule, into: Array | None = None
+    ) -> Staged:
         """See `Mover.all_reduce`."""
         plan = self._plan(Task(Kind.REDUCE, attempt, rule, array.size))
         self._check_input(rule, array)
+        target = array if into is None else into
         if plan is None:
-            return _Held(_nothing, _nothing)
+            return _Held(partial(np.copyto, target, array), _nothing)
+        begin = partial(Operation, plan, array, target, self._stock, is_scratch=into is not None)
         if not rule.feedback or plan.codec is None:
-            return await self._carry_out(Operation(plan, array, array, self._stock))
+            return await self._carry_out(begin())
         residual = self._residuals.borrow((attempt.group, attempt.tag, array.size))
         return await self._carry_out(
-            Operation(plan, array, array, self._stock, residual),
+            begin(residual=residual),
             on_keep=partial(self._residuals.keep, residual),
             on_drop=partial(self._residuals.drop, residual),
         )
@@ -181,7 +185,7 @@ class RingMover:
             part[...] = work[own]
             self._stock.give(scratch)
 
-        operation = Operation(plan, array, work, self._stock)
+        operation = Operation(plan, array, work, self._stock, is_scratch=True)
         return await self._carry_out(operation, on_keep=keep, on_drop=partial(self._stock.give, scratch))
 
     async def all_gather(self, attempt: Attempt, part: Array, whole: Array, rule: Rule) -> Staged:

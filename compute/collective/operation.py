@@ -26,25 +26,23 @@ from mycel.compute.collective.gate import Doorway
 from mycel.compute.collective.plan import Plan
 from mycel.compute.collective.quantize import BlockCodec, Bytes, Floats, NotFinite, as_bytes, feed_back
 from mycel.compute.collective.residual import Residual
-from mycel.compute.collective.ring import SPREAD, SUM, Kind, Piece, Send
+from mycel.compute.collective.ring import SPREAD, SUM, Piece, Send
 from mycel.compute.collective.stock import Stock
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.lane import PART, Body, Head, Parcel
 
 
 class _Workplace(threading.local):
-    """Two chunks of float32 for each thread."""
+    """A chunk of float32 for each thread."""
 
     def __init__(self) -> None:
-        self.values = np.empty(0, np.float32)
-        self.decoded = np.empty(0, np.float32)
+        self._values = np.empty(0, np.float32)
 
-    def pair(self, items: int) -> tuple[Floats, Floats]:
-        """Two arrays of `items` items."""
-        if self.values.size < items:
-            self.values = np.empty(items, np.float32)
-            self.decoded = np.empty(items, np.float32)
-        return self.values[:items], self.decoded[:items]
+    def values(self, items: int) -> Floats:
+        """An array of `items` items that hold anything."""
+        if self._values.size < items:
+            self._values = np.empty(items, np.float32)
+        return self._values[:items]
 
 
 _workplace = _Workplace()
@@ -58,9 +56,19 @@ class Operation:
     """See above. `source` is this member's input, `target` where the result grows; they may be the same."""
 
     def __init__(
-        self, plan: Plan, source: Array, target: Array, stock: Stock, residual: Residual | None = None
+        self,
+        plan: Plan,
+        source: Array,
+        target: Array,
+        stock: Stock,
+        *,
+        residual: Residual | None = None,
+        is_scratch: bool = False,
     ) -> None:
-        """Neither array is written before `work` or `place_own`. Both are of `storage(dtype)` of the rule."""
+        """Neither array is written before `work` or `place_own`. Both are of `storage(dtype)` of the rule.
+
+        `is_scratch`: nobody cares what the target held before.
+        """
         self.plan = plan
         self.digest = plan.digest()
         self.places = plan.places
@@ -75,11 +83,11 @@ class Operation:
         self._residual = residual
         self._turn = threading.Lock()
         self._come: dict[Piece, None] = {}
-        self._is_target_own = plan.task.kind is Kind.SCATTER  # working memory: nothing in it is the caller's
+        self._is_scratch = is_scratch
         self._kept_spans: dict[tuple[int, int], None] = {}
         self._borrowed: list[Bytes] = []
         self._kept_items = target
-        if not self._is_target_own:
+        if not self._is_scratch:
             self._borrowed.append(stock.take(target.nbytes))
             self._kept_items = self._borrowed[0].view(target.dtype)
         self._wire: dict[int, Bytes] = {}
@@ -108,7 +116,8 @@ class Operation:
     def _parcel(self, send: Send, *, own: bool = False) -> Parcel:
         piece = send.piece
         head = Head(self.digest, PART, piece.phase, piece.part, piece.chunk, self._length(piece))
-        return Parcel(self.places[send.to], head, partial(self._fill, piece, own), self.gate)
+        fill = partial(self._fill, piece, own)
+        return Parcel(self.places[send.to], head, fill, self.gate, is_answer=not own)
 
     def _length(self, piece: Piece) -> int:
         begin, end = self.plan.cut.bounds(piece.part, piece.chunk)
@@ -137,10 +146,7 @@ class Operation:
 
     def _encode_own(self, piece: Piece, wire: Bytes) -> None:
         begin, end = self.plan.cut.bounds(piece.part, piece.chunk)
-        values, decoded = _workplace.pair(end - begin)
-        self._own_values(begin, end, values)
-        self._encode(values, wire)
-        self._lose(begin, end, values, decoded, wire, 1.0)
+        self._encode(self._own_values(begin, end), wire, begin)
 
     # What comes in
 
@@ -202,9 +208,7 @@ class Operation:
                 self._target[begin:end] = own
                 continue
             wire = self._wire_of(Piece(SPREAD, place, chunk))
-            values, _ = _workplace.pair(end - begin)
-            values[...] = widen(self._rule.dtype, own)
-            self._encode(values, wire)
+            self._encode(widen(self._rule.dtype, own), wire, begin)
             self._decode_into_target(begin, end, wire)
 
     def _work_sum(self, piece: Piece, body: Body) -> None:
@@ -219,21 +223,22 @@ class Operation:
             if is_last:
                 finish(self._rule.dtype, self._rule.op, members, out)
             return
-        values, mine = _workplace.pair(end - begin)
-        self._decode(as_bytes(body.open()), values)
-        self._own_values(begin, end, mine)
-        np.add(values, mine, out=values)
+        wire = as_bytes(body.open())
+        self._check_scales(wire, end - begin)
+        values = _workplace.values(end - begin)
+        self._codec.decode(wire, values, add=self._own_values(begin, end))
         if not is_last:
-            wire = self._wire_of(piece)
-            self._encode(values, wire)
-            self._lose(begin, end, values, mine, wire, 1.0)
+            self._encode(values, self._wire_of(piece), begin)
             return
-        finish("float32", self._rule.op, members, values)
-        wire = self._wire_of(piece._replace(phase=SPREAD))
-        self._encode(values, wire)
         self._keep_aside(begin, end)
-        self._decode_into_target(begin, end, wire)
-        self._lose(begin, end, values, mine, wire, float(members) if self._rule.op == "avg" else 1.0)
+        decoded = self._target[begin:end]
+        if self._rule.dtype != "float32":
+            decoded = np.empty(end - begin, np.float32)
+        divisor = members if self._rule.op == "avg" else 1
+        spread = self._wire_of(piece._replace(phase=SPREAD))
+        self._encode(values, spread, begin, divisor=divisor, decoded=decoded)
+        if self._rule.dtype != "float32":
+            narrow(self._rule.dtype, decoded, self._target[begin:end])
 
     def _work_spread(self, piece: Piece, body: Body) -> None:
         begin, end = self.plan.cut.bounds(piece.part, piece.chunk)
@@ -265,19 +270,27 @@ class Operation:
 
     # Quantized items
 
-    def _own_values(self, begin: int, end: int, out: Floats) -> None:
-        out[...] = widen(self._rule.dtype, self._source[begin:end])
-        if self._residual is not None:
-            out += self._residual.before[begin:end]
+    def _own_values(self, begin: int, end: int) -> Floats:
+        """This member's input and what was lost of it before; the caller's own memory where it is that."""
+        values = widen(self._rule.dtype, self._source[begin:end])
+        return values if self._residual is None else values + self._residual.before[begin:end]
 
-    def _encode(self, values: Floats, wire: Bytes) -> None:
+    def _encode(
+        self, values: Floats, wire: Bytes, begin: int, *, divisor: int = 1, decoded: Floats | None = None
+    ) -> None:
+        """Encode the values of a chunk that begins at item `begin`, and see to what that loses."""
         assert self._codec is not None
+        if self._residual is not None and decoded is None:
+            decoded = np.empty_like(values)
         try:
-            self._codec.encode(values, wire)
+            self._codec.encode(values, wire, divisor=divisor, decoded=decoded)
         except NotFinite as error:
             raise InputRefused(
                 f"{error}; {self._rule.codec} has no code for it: skip the step, or leave the codec out"
             ) from None
+        if self._residual is not None and decoded is not None:
+            lost = self._residual.after[begin : begin + values.size]
+            feed_back(values, decoded.copy() if divisor != 1 else decoded, divisor, lost)
 
     def _check_scales(self, wire: Bytes, items: int) -> None:
         assert self._codec is not None
@@ -285,11 +298,6 @@ class Operation:
             self._codec.check(wire, items)
         except NotFinite as error:
             raise Untrue(f"a quantized chunk with {error}") from None
-
-    def _decode(self, wire: Bytes, out: Floats) -> None:
-        assert self._codec is not None
-        self._check_scales(wire, out.size)
-        self._codec.decode(wire, out)
 
     def _decode_into_target(self, begin: int, end: int, wire: Bytes) -> None:
         assert self._codec is not None
@@ -301,19 +309,11 @@ class Operation:
         self._codec.decode(wire, decoded)
         narrow(self._rule.dtype, decoded, out)
 
-    def _lose(
-        self, begin: int, end: int, values: Floats, scratch: Floats, wire: Bytes, factor: float
-    ) -> None:
-        if self._residual is None or self._codec is None:
-            return
-        self._codec.decode(wire, scratch)
-        feed_back(values, scratch, factor, self._residual.after[begin:end])
-
     # The end
 
     def _keep_aside(self, begin: int, end: int) -> None:
         """Before a span of the target is written for the first time. Spans are chunks: equal or apart."""
-        if self._is_target_own:
+        if self._is_scratch:
             return
         span = (begin, end)
         with self._turn:

@@ -19,6 +19,7 @@ gives; so encoding runs at about a quarter of one pass.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,35 +78,40 @@ class BlockCodec:
         scales = SCALE_BYTES * (full + (rest > 0))
         return scales + (items if self.bits == 8 else full * (self.block // 2) + -(-rest // 2))
 
-    def encode(self, values: Floats, wire: Bytes) -> None:
-        """Fill `wire` (`wire_bytes(values.size)` bytes) from `values`, one-dimensional.
+    def encode(self, values: Floats, wire: Bytes, *, divisor: int = 1, decoded: Floats | None = None) -> None:
+        """Fill `wire` (`wire_bytes(values.size)` bytes) from `values / divisor`, one-dimensional.
 
-        Raises `NotFinite`; what stands in `wire` then is of no use.
+        And `decoded` with what `decode` makes of it, to the bit.
+
+        Raises `NotFinite`; what stands in `wire` and `decoded` then is of no use.
         """
         scales, codes = self._split(wire, values.size)
-        for begin in range(0, values.size, STRETCH):
-            piece = values[begin : begin + STRETCH]
-            full = piece.size - piece.size % self.block
+        for begin, end, block in self._stretches(values.size):
+            rows = values[begin:end].reshape(-1, block)
             at = begin // self.block
-            if full:
-                rows = piece[:full].reshape(-1, self.block)
-                self._encode_rows(rows, scales[at : at + len(rows)], codes[self._at(begin) :])
-            if full < piece.size:
-                self._encode_rows(piece[full:].reshape(1, -1), scales[-1:], codes[self._at(begin + full) :])
+            work = self._encode_rows(rows, scales[at : at + len(rows)], codes[self._at(begin) :], divisor)
+            if decoded is not None:
+                out = decoded[begin:end].reshape(rows.shape)
+                np.add(work, np.float32(0.0), out=work)  # -0.0 is no code: what is decoded is 0.0
+                np.multiply(work, scales[at : at + len(rows), None], out=out)
 
-    def decode(self, wire: Bytes, out: Floats) -> None:
-        """Fill `out` from what `encode` made of as many items."""
+    def decode(self, wire: Bytes, out: Floats, add: Floats | None = None) -> None:
+        """Fill `out` from what `encode` made of as many items, plus `add`."""
         scales, codes = self._split(wire, out.size)
-        for begin in range(0, out.size, STRETCH):
-            piece = out[begin : begin + STRETCH]
-            full = piece.size - piece.size % self.block
+        for begin, end, block in self._stretches(out.size):
+            rows = out[begin:end].reshape(-1, block)
             at = begin // self.block
-            if full:
-                rows = piece[:full].reshape(-1, self.block)
-                self._decode_rows(scales[at : at + len(rows)], codes[self._at(begin) :], rows)
-            if full < piece.size:
-                rest = piece[full:].reshape(1, -1)
-                self._decode_rows(scales[-1:], codes[self._at(begin + full) :], rest)
+            self._decode_rows(scales[at : at + len(rows)], codes[self._at(begin) :], rows)
+            if add is not None:
+                np.add(out[begin:end], add[begin:end], out=out[begin:end])
+
+    def _stretches(self, items: int) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, items of a block) of what is worked on at a time: whole blocks, at last a short one."""
+        full = items - items % self.block
+        for begin in range(0, full, STRETCH):
+            yield begin, min(full, begin + STRETCH), self.block
+        if full < items:
+            yield full, items, items - full
 
     def check(self, wire: Bytes, items: int) -> None:
         """Raise `NotFinite` where a scale is not finite or negative: no honest peer sends such."""
@@ -121,14 +127,15 @@ class BlockCodec:
         scales = SCALE_BYTES * -(-items // self.block)
         return wire[:scales].view(np.float32), wire[scales:].view(np.int8)
 
-    def _encode_rows(self, rows: Floats, scales: Floats, codes: npt.NDArray[np.int8]) -> None:
+    def _encode_rows(self, rows: Floats, scales: Floats, codes: npt.NDArray[np.int8], divisor: int) -> Floats:
+        """The codes as floating point numbers too, valid until the next call in this thread."""
         work = _scratch.floats[: rows.size].reshape(rows.shape)
         np.abs(rows, out=work)
         largest_bits = np.maximum.reduce(work.view(np.int32), axis=1)  # magnitudes order like their bits
         if int(largest_bits.max()) >= INFINITE:
             raise NotFinite("an item is infinite or not a number")
         largest = largest_bits.view(np.float32)
-        np.divide(largest, np.float32(self.top), out=scales)
+        np.divide(largest, np.float32(self.top * divisor), out=scales)
         inverse = np.zeros_like(largest)
         np.divide(np.float32(self.top), largest, out=inverse, where=largest >= SMALLEST)
         scales[largest < SMALLEST] = 0.0
@@ -136,10 +143,11 @@ class BlockCodec:
         np.rint(work, out=work)
         if self.bits == 8:
             np.copyto(codes[: rows.size].reshape(rows.shape), work, casting="unsafe")
-            return
+            return work
         whole = _scratch.codes[: rows.size].reshape(rows.shape)
         np.copyto(whole, work, casting="unsafe")
         _pack(whole, codes)
+        return work
 
     def _decode_rows(self, scales: Floats, codes: npt.NDArray[np.int8], out: Floats) -> None:
         if self.bits == 8:
@@ -181,14 +189,15 @@ def codec_of(word: str | None) -> BlockCodec | None:
     return CODECS[word]
 
 
-def feed_back(values: Floats, decoded: Floats, factor: float, residual: Floats) -> None:
-    """What encoding lost of `values`, times `factor`, into `residual`: it is added to the next values.
+def feed_back(values: Floats, decoded: Floats, divisor: int, residual: Floats) -> None:
+    """What encoding lost of `values` into `residual`, to be added to the next values.
 
-    Error feedback (Seide et al., "1-bit stochastic gradient descent", 2014): over many steps nothing is lost.
+    `decoded` is what came of `values / divisor`. Error feedback (Seide et al., "1-bit stochastic gradient
+    descent", 2014): over many steps nothing is lost.
     """
+    if divisor != 1:
+        np.multiply(decoded, np.float32(divisor), out=decoded)
     np.subtract(values, decoded, out=residual)
-    if factor != 1.0:
-        np.multiply(residual, np.float32(factor), out=residual)
 
 
 def as_bytes(view: Any) -> Bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from mycel.protocol.errors import ConnectionLost, LocalProtocolError, MycelError, RemoteProtocolError
+from mycel.protocol.errors import ConnectionLost, MycelError, RemoteProtocolError
 from mycel.protocol.lane import HEAD_BYTES, PART, Head, Parcel, Taker
 from mycel.protocol.limits import DEFAULT_LANE_LIMITS, LaneLimits
 from mycel.protocol.mesh import Access, Mesh, PeerId, Stream
@@ -48,7 +48,8 @@ class _Outgoing:
 
     def __init__(self) -> None:
         self.urgent: deque[tuple[Head, bytes]] = deque()
-        self.parcels: deque[Parcel] = deque()
+        self.answers: deque[Parcel] = deque()
+        self.others: deque[Parcel] = deque()
         self.more = trio.Event()
 
 
@@ -87,12 +88,16 @@ class StreamLanes:
     def send(self, parcel: Parcel) -> None:
         """See `Lanes.send`."""
         outgoing = self._towards(parcel.peer)
-        outgoing.parcels.append(parcel)
+        if outgoing is None:
+            return
+        (outgoing.answers if parcel.is_answer else outgoing.others).append(parcel)
         outgoing.more.set()
 
     def tell(self, peer: PeerId, head: Head, body: bytes) -> None:
         """See `Lanes.tell`."""
         outgoing = self._towards(peer)
+        if outgoing is None:
+            return
         outgoing.urgent.append((head, body))
         outgoing.more.set()
 
@@ -104,11 +109,10 @@ class StreamLanes:
         """See `Lanes.rate`."""
         return self._rates.get(peer)
 
-    def _towards(self, peer: PeerId) -> _Outgoing:
+    def _towards(self, peer: PeerId) -> _Outgoing | None:
+        """What waits for a peer; None where nothing runs any more, so that nothing goes anywhere."""
         outgoing = self._outgoing.get(peer)
-        if outgoing is None:
-            if self._nursery is None:
-                raise LocalProtocolError("run bulk streams before they are used")
+        if outgoing is None and self._nursery is not None:
             outgoing = self._outgoing[peer] = _Outgoing()
             self._nursery.start_soon(self._carry, peer, outgoing)
         return outgoing
@@ -130,12 +134,12 @@ class StreamLanes:
             del self._outgoing[peer]
 
     async def _send_waiting(self, peer: PeerId, stream: Stream, outgoing: _Outgoing) -> None:
-        while outgoing.urgent or outgoing.parcels:
+        while outgoing.urgent or outgoing.answers or outgoing.others:
             if outgoing.urgent:
                 head, body = outgoing.urgent.popleft()
                 await stream.send(head.pack() + body)
                 continue
-            parcel = outgoing.parcels.popleft()
+            parcel = (outgoing.answers or outgoing.others).popleft()
             if not parcel.gate.enter():
                 continue
             try:
