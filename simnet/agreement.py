@@ -21,7 +21,7 @@ from mycel.dht.kad.service import Kademlia
 from mycel.protocol.mesh import PeerId
 from mycel.simnet import clock
 from mycel.simnet.internet import InternetOptions, internet
-from mycel.simnet.lookups import Reads, reads_of
+from mycel.simnet.lookups import Read, Reads, reads_of
 from mycel.simnet.mesh import MeshOptions, mesh_world
 from mycel.simnet.swarm import Swarm, SwarmOptions
 
@@ -149,22 +149,22 @@ async def _live(citizens: list[Citizen], options: AgreementOptions) -> Told:
         citizens.remove(citizen)
         citizen.fall_silent()
     silent = await _read_through(citizens, authors, options.reads, rng)
-    hops = [one[2] for one in calm if one[0]]
+    hops = [one.hops for one in calm if one.good]
     return Told(min(replicas), reads_of(calm), sum(hops) / max(1, len(hops)), reads_of(silent))
 
 
 async def _read_through(
     citizens: Sequence[Citizen], authors: Sequence[Citizen], count: int, rng: random.Random
-) -> list[tuple[bool, float, int]]:
+) -> list[Read]:
     """Reads of random records by random others, spread evenly."""
-    results: list[tuple[bool, float, int]] = []
+    results: list[Read] = []
 
     async def read(reader: Citizen, number: int, after_s: float) -> None:
         await trio.sleep(after_s)
         began = trio.current_time()
         found = await reader.kad.get(authors[number].peer, f"record {number}")
         good = found is not None and found.record.value == b"%d" % number
-        results.append((good, trio.current_time() - began, found.hops if found else 0))
+        results.append(Read(good, trio.current_time() - began, found.hops if found else 0))
 
     async with trio.open_nursery() as nursery:
         for place in range(count):
