@@ -64,6 +64,9 @@ class JobLimits:
     state_bytes: int = 8 * KIB
     """A job's state in a document."""
 
+    value_bytes: int = 10 * KIB
+    """Anything that a document says of a job: a signed job with its chain is the largest."""
+
     metrics: int = 64
     """Figures of a job, by name."""
 

@@ -15,6 +15,7 @@ import msgspec
 from mycel.dht.block.exchange import Exchange
 from mycel.dht.block.file import add_file, read_list
 from mycel.dht.block.manifest import Pieces, Want, cut, wants_of
+from mycel.dht.block.model import ANYBODY, Sources
 from mycel.node.jobs.spec import Blob
 from mycel.protocol.cid import CID_BYTES, Cid, cid_of, cids_from
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
@@ -77,22 +78,22 @@ class Blobs:
         for name in names:
             await self._store.unpin(name)
 
-    async def hold(self, job: str, slot: str, blobs: Sequence[Blob], *, first: Sequence[PeerId] = ()) -> None:
+    async def hold(self, job: str, slot: str, blobs: Sequence[Blob], sources: Sources = ANYBODY) -> None:
         """Bring these here and let the slot keep them, and nothing else. Raises as `Exchange.fetch`."""
         cids: list[Cid] = []
         name = pin_of(job, slot)
         before = list(self._store.pinned(name))
         for blob in blobs:
-            pieces = await self._list(blob, first)
+            pieces = await self._list(blob, sources)
             cids += [blob.cid, *cids_from(pieces.cids)]
             await self._store.pin(name, [*before, *cids])
-            await self.exchange.fetch(wants_of(pieces), first=first)
+            await self.exchange.fetch(wants_of(pieces), peers=sources.only, first=sources.first)
         await (self._store.pin(name, cids) if cids else self._store.unpin(name))
 
     async def read(self, blob: Blob, *, first: Sequence[PeerId] = ()) -> AsyncGenerator[bytes, None]:
         """Its content, piece by piece, from wherever it is. Raises as `Exchange.fetch`, and
         `RemoteProtocolError` where the root lists something else."""
-        pieces = await self._list(blob, first)
+        pieces = await self._list(blob, Sources(first=first))
         wants = wants_of(pieces)
         await self.exchange.fetch(wants, first=first)
         for want in wants:
@@ -108,8 +109,9 @@ class Blobs:
             if name.startswith(pin_of(job, "")):
                 await self._store.unpin(name)
 
-    async def _list(self, blob: Blob, first: Sequence[PeerId]) -> Pieces:
-        pieces = read_list(await self.exchange.get(Want(blob.cid, blob.root_bytes), first=first))
+    async def _list(self, blob: Blob, sources: Sources) -> Pieces:
+        want = Want(blob.cid, blob.root_bytes)
+        pieces = read_list(await self.exchange.get(want, peers=sources.only, first=sources.first))
         if pieces.nbytes != blob.nbytes or pieces.nbytes > LIMITS.blob_bytes:
             raise RemoteProtocolError(f"a blob of {blob.nbytes} bytes lists {pieces.nbytes}")
         return pieces

@@ -132,8 +132,8 @@ def check_state(state: State, job: Job, author: PeerId, verify: Verify) -> None:
 
 def decode(data: bytes, kind: type[T]) -> T:
     """What stands in a document. Raises `Refused` (malformed, oversized)."""
-    if len(data) > 2 * LIMITS.state_bytes:
-        raise Refused(f"{len(data)} bytes about a job", reason="oversized")
+    if len(data) > LIMITS.value_bytes:
+        raise Refused(f"{len(data)} bytes about a job; at most {LIMITS.value_bytes}", reason="oversized")
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

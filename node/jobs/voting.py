@@ -24,6 +24,7 @@ import msgspec
 import trio
 from msgspec import Meta
 
+from mycel.dht.block.model import Sources
 from mycel.node.jobs.book import Book, Entry
 from mycel.node.jobs.keep import INPUTS, Blobs
 from mycel.node.jobs.lease import Answer, Elector, Epoch, JobId, Lease, Promise, check_lease, vote_bytes
@@ -183,7 +184,7 @@ class Voting:
             raise Refused(f"{call.peer} shows a lease of {hold.lease.holder}", reason="unproven")
         check_lease(hold.lease, job, self._mesh.verify)
         self._check_epoch(job, hold.lease.epoch)
-        await self._blobs().hold(job.id, hold.slot, hold.blobs, first=[call.peer])
+        await self._blobs().hold(job.id, hold.slot, hold.blobs, Sources(first=[call.peer]))
         return Done()
 
     async def _on_offer(self, call: Call, offer: Offer) -> Offered:
@@ -202,7 +203,9 @@ class Voting:
             )
         self._carry(entry, JOB, entry.envelope)
         if self._mesh.peer_id in job.electors and job.inputs:
-            await self._blobs().hold(job.id, INPUTS, list(job.inputs.values()), first=[call.peer])
+            is_member = call.access >= Access.MEMBER
+            sources = Sources(first=[call.peer]) if is_member else Sources(only=[call.peer])
+            await self._blobs().hold(job.id, INPUTS, list(job.inputs.values()), sources)
         return Offered(job.id)
 
     async def _on_halt(self, call: Call, halt: Halt) -> Done:

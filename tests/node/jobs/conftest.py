@@ -22,17 +22,18 @@ from mycel.compute.model.tiny import tiny_model
 from mycel.compute.tokenizer import byte_level_tokenizer_files
 from mycel.dht.block.exchange import Exchange
 from mycel.dht.block.memory import MemoryStore
-from mycel.dht.board import PushBoard
+from mycel.dht.board import SwarmBoard
 from mycel.dht.doc.library import Library
 from mycel.dht.doc.store import VolatileStore
 from mycel.dht.doc.sync import Documents
 from mycel.node.jobs.generate import GenerateRunner
 from mycel.node.jobs.kinds import GenerateSpec
-from mycel.node.jobs.runner import Context
+from mycel.node.jobs.runner import Context, Runner, Services
 from mycel.node.jobs.service import Jobs, Place
 from mycel.node.jobs.spec import Job, read_spec
 from mycel.node.jobs.views import JobView
 from mycel.node.memory import VolatileMemory
+from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS, JobLimits
 from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rpc import Rpc
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
@@ -62,6 +63,7 @@ class Node:
         self.scope = trio.CancelScope()
         self.asked: list[int] = []
         """Prompts that this node was asked to do, in order."""
+        self.runner: Counting
 
     @property
     def peer(self) -> PeerId:
@@ -70,7 +72,7 @@ class Node:
     def _make(self) -> None:
         mesh, disk = self.mesh, self.disk
         self.rpc = Rpc(mesh)
-        self.board = PushBoard(mesh)
+        self.board = SwarmBoard(mesh)
         library = Library(mesh, disk.documents, lambda author, chain: True)
         self.documents = Documents(mesh, self.rpc, library)
         self.exchange = Exchange(mesh, disk.blocks)
@@ -89,7 +91,8 @@ class Node:
                 chain=lambda: b"",
                 label=self.swarm.label,
             ),
-            [lambda services: self.swarm.runner(services, self)],
+            [lambda services: self.swarm.kind(services, self)],
+            self.swarm.limits,
         )
 
     async def _exchange(self) -> Exchange:
@@ -142,12 +145,13 @@ class Node:
 class Swarm:
     """Nodes that know each other."""
 
-    def __init__(self, world: MeshWorld, nursery: trio.Nursery) -> None:
+    def __init__(self, world: MeshWorld, nursery: trio.Nursery, limits: JobLimits) -> None:
+        self.limits = limits
         self.world = world
         self.nursery = nursery
         self.nodes: list[Node] = []
         self.access: dict[PeerId, Access] = {}
-        self.runner: Callable[..., GenerateRunner] = lambda services, node: Watched(services, node)
+        self.kind: Callable[[Services, Node], Runner] = Watched
 
     def access_of(self, peer: PeerId, chain: bytes) -> Access:
         return self.access.get(peer, Access.STRANGER)
@@ -192,6 +196,40 @@ class Watched(GenerateRunner):
         return await super()._on_generate(call, ask)
 
 
+class Counting:
+    """A kind of its own, under the generate kind's name: it counts to twenty, five a second."""
+
+    kind = "generate"
+    GOAL = 20
+
+    def __init__(self, services: Services, node: Node) -> None:
+        self.node = node
+        self.counted: list[int] = []
+        """What this node's coordinators counted, in order."""
+        self.taking_part = 0
+        self.before: Callable[[int], object] = lambda number: None
+        """Called before each number; what it raises, the coordinator raises."""
+        node.runner = self
+
+    async def coordinate(self, job: Job, context: Context) -> None:
+        number = int(await context.resume() or b"0")
+        while number < self.GOAL:
+            self.before(number)
+            number += 1
+            self.counted.append(number)
+            await trio.sleep(0.2)
+            context.report(number, {"square": number**2}, steps=self.GOAL)
+            await context.checkpoint(b"%d" % number)
+        await context.artefact("numbers.txt", b"".join(b"%d\n" % one for one in range(1, self.GOAL + 1)))
+
+    async def take_part(self, job: Job, context: Context) -> None:
+        self.taking_part += 1
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.taking_part -= 1
+
+
 def _cost(works: Sequence[Work]) -> float:
     return STEP_S
 
@@ -204,10 +242,12 @@ def swarm() -> SwarmOf:
     """Opens a swarm: `async with swarm() as s`. Tests ask for autojump_clock as well."""
 
     @asynccontextmanager
-    async def open_swarm(seed: int = 1) -> AsyncIterator[Swarm]:
-        options = MeshOptions(seed=seed, latency_s_min=0.002, latency_s_max=0.02)
+    async def open_swarm(kind=Watched, limits: JobLimits = DEFAULT_JOB_LIMITS) -> AsyncIterator[Swarm]:
+        options = MeshOptions(seed=1, latency_s_min=0.002, latency_s_max=0.02)
         async with mesh_world(options) as world, trio.open_nursery() as nursery:
-            yield Swarm(world, nursery)
+            swarm = Swarm(world, nursery, limits)
+            swarm.kind = kind
+            yield swarm
             nursery.cancel_scope.cancel()
 
     return open_swarm
@@ -240,4 +280,7 @@ def generate_spec() -> GenerateSpec:
     return spec
 
 
-__all__ = ["Context", "Job", "Node", "Swarm", "SwarmOf"]
+@pytest.fixture
+def counting() -> type[Counting]:
+    """The kind of job that counts."""
+    return Counting
