@@ -5,7 +5,8 @@ Arrays hold what their peer's number says, so that a wrong sum shows; every surv
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,9 +23,19 @@ from mycel.protocol.errors import UsageProblem
 from mycel.protocol.limits import LaneLimits
 from mycel.protocol.mesh import PeerId
 from mycel.protocol.rpc import Rpc
+from mycel.simnet import clock
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+def simulated(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an async test in virtual time."""
+
+    @functools.wraps(test)
+    def run(**given: Any) -> None:
+        clock.run(lambda: test(**given), seed=1)
+
+    return run
+
 
 ANY = Policy(quorum="any")
 
@@ -136,6 +147,7 @@ def same_bytes(calls: Calls, peers: list[Peer]) -> float:
     return float(first[0])
 
 
+@simulated
 async def test_operations_end_alike_on_all() -> None:
     async with swarm() as world:
         peers = await world.gather(3)
@@ -149,6 +161,7 @@ async def test_operations_end_alike_on_all() -> None:
         assert [calls.outcomes[p.number].attempts for p in peers] == [1, 1, 1]
 
 
+@simulated
 async def test_parts_are_scattered_gathered_and_broadcast() -> None:
     async with swarm() as world:
         peers = await world.gather(3)
@@ -173,6 +186,7 @@ async def test_parts_are_scattered_gathered_and_broadcast() -> None:
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.32, 0.34, 0.36, 0.4])
+@simulated
 async def test_a_death_at_any_moment_leaves_the_survivors_with_one_result(after: float) -> None:
     """Arrival, reduce-scatter, all-gather, vote: a megabyte at 10 MB/s passes all of them in 0.4 s."""
     async with swarm(bytes_per_s=1e7) as world:
@@ -190,6 +204,7 @@ async def test_a_death_at_any_moment_leaves_the_survivors_with_one_result(after:
         assert max(calls.took[1], calls.took[2]) < 0.5 + 0.3 + 0.5 + after
 
 
+@simulated
 async def test_two_of_five_die_at_once() -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(5)
@@ -203,6 +218,7 @@ async def test_two_of_five_die_at_once() -> None:
         assert same_bytes(calls, [peers[0], peers[2], peers[4]]) == 3.0
 
 
+@simulated
 async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out() -> None:
     """SIGSTOP and SIGCONT, as the others see it."""
     async with swarm(bytes_per_s=1e7) as world:
@@ -228,6 +244,7 @@ async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out() -> Non
         assert same_bytes(later, peers) == 2.0
 
 
+@simulated
 async def test_down_to_one_and_back() -> None:
     async with swarm() as world:
         peers = await world.gather(3, ANY)
@@ -248,6 +265,7 @@ async def test_down_to_one_and_back() -> None:
         assert same_bytes(both, [peers[0], *again]) == 2.0
 
 
+@simulated
 async def test_a_newcomer_that_dies_while_it_comes_in_holds_nobody_up() -> None:
     for after in (0.05, 0.15, 0.2, 0.25, 0.3, 0.4):
         async with swarm() as world:
@@ -263,6 +281,7 @@ async def test_a_newcomer_that_dies_while_it_comes_in_holds_nobody_up() -> None:
             assert max(calls.took.values()) < 2.5
 
 
+@simulated
 async def test_eight_reduces_under_way_while_a_member_dies_and_another_comes() -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
@@ -281,6 +300,7 @@ async def test_eight_reduces_under_way_while_a_member_dies_and_another_comes() -
         await fresh.group.gather_members(3)
 
 
+@simulated
 async def test_another_tensor_under_one_tag_is_refused_everywhere() -> None:
     async with swarm() as world:
         peers = await world.gather(3)
@@ -300,6 +320,7 @@ async def test_another_tensor_under_one_tag_is_refused_everywhere() -> None:
         assert same_bytes(again, peers) == 2.0
 
 
+@simulated
 async def test_who_is_cancelled_has_its_array_and_the_others_an_error() -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
@@ -316,6 +337,7 @@ async def test_who_is_cancelled_has_its_array_and_the_others_an_error() -> None:
             assert (calls.arrays[peer.number] == peer.number).all()
 
 
+@simulated
 async def test_items_that_a_codec_cannot_carry_are_refused_by_name() -> None:
     async with swarm() as world:
         peers = await world.gather(2)
@@ -338,6 +360,7 @@ async def test_items_that_a_codec_cannot_carry_are_refused_by_name() -> None:
         assert peers[1].mesh.peer_id in errors[0]
 
 
+@simulated
 async def test_what_cannot_be_called_is_told_at_once() -> None:
     async with swarm() as world:
         (peer,) = await world.gather(1)
@@ -349,6 +372,7 @@ async def test_what_cannot_be_called_is_told_at_once() -> None:
             await peer.group.all_reduce(np.zeros(4, np.float32), tag="x" * 1000)
 
 
+@simulated
 async def test_a_broadcast_whose_root_is_gone_is_refused() -> None:
     async with swarm() as world:
         peers = await world.gather(3)
@@ -364,6 +388,7 @@ async def test_a_broadcast_whose_root_is_gone_is_refused() -> None:
                 nursery.start_soon(work, peer)
 
 
+@simulated
 async def test_who_leaves_in_order_is_not_waited_for() -> None:
     async with swarm() as world:
         peers = await world.gather(3)
