@@ -37,6 +37,12 @@ class BlockStore(Protocol):
     async def get(self, cid: Cid) -> bytes | None:
         """The block, None where it is not here. What is damaged is not here, and is removed."""
 
+    async def append(self, cid: Cid, descriptor: int) -> bool:
+        """Write the block to an open file where that stands; False where it is not here: nothing is written.
+
+        Where the file system can, both share its extents from then on.
+        """
+
     async def put(self, cid: Cid, data: bytes) -> None:
         """Keep a block. When this returns, the end of this process does not lose it.
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from mycel.dht.block.extents import append_file
 from mycel.dht.block.shelf import Shelf
 from mycel.protocol.blockstore import CorruptBlock
 from mycel.protocol.cid import Cid, cid_of, cid_text, cids_from, parse_cid
@@ -115,6 +116,16 @@ class DiskStore:
             return None
         self._checked[cid] = None
         return data
+
+    async def append(self, cid: Cid, descriptor: int) -> bool:
+        """See `BlockStore.append`."""
+        if cid not in self._checked and await self.get(cid) is None:
+            return False
+        try:
+            await trio.to_thread.run_sync(append_file, self._path(cid), descriptor)
+        except FileNotFoundError:  # evicted
+            return False
+        return True
 
     async def put(self, cid: Cid, data: bytes) -> None:
         """See `BlockStore.put`."""

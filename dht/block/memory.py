@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from mycel.dht.block.extents import write_all
 from mycel.dht.block.shelf import Shelf
 from mycel.protocol.blockstore import CorruptBlock
 from mycel.protocol.cid import Cid, cid_of, cid_text
@@ -38,6 +39,14 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         self.shelf.touch(cid)
         return self._blocks.get(cid)
+
+    async def append(self, cid: Cid, descriptor: int) -> bool:
+        """See `BlockStore.append`."""
+        data = await self.get(cid)
+        if data is None:
+            return False
+        write_all(descriptor, data)
+        return True
 
     async def put(self, cid: Cid, data: bytes) -> None:
         """See `BlockStore.put`."""

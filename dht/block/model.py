@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from mycel.dht.block.exchange import Exchange, Progress
+from mycel.dht.block.extents import PAGE_BYTES
 from mycel.dht.block.manifest import (
     EDGE,
     ITEM_BITS,
@@ -167,7 +168,7 @@ async def lay_out(store: BlockStore, model: Model, folder: Path) -> Path:
         if not part.tensors:
             continue
         name = _file_name(number, Cid(manifest.parts[number - EDGE].cid))
-        tensors = sorted(part.tensors, key=lambda tensor: (-ITEM_BITS[tensor.dtype], tensor.name))
+        tensors = sorted(part.tensors, key=_place)
         if not (directory / name).exists():
             await _write(store, directory / name, _header(tensors), [tensor.pieces for tensor in tensors])
         weight_map |= {tensor.name: name for tensor in tensors}
@@ -183,8 +184,15 @@ def _file_name(number: int, cid: Cid) -> str:
     return f"{word}-{cid_text(cid)[-16:]}.safetensors"
 
 
+def _place(tensor: TensorPieces) -> tuple[bool, int, str]:
+    """Order in a file: those of whole pages first, for their blocks may share extents, then by size of items,
+    so that each begins at a multiple of its own."""
+    return tensor.pieces.nbytes % PAGE_BYTES != 0, -ITEM_BITS[tensor.dtype], tensor.name
+
+
 def _header(tensors: Sequence[TensorPieces]) -> bytes:
-    return header_of((t.name, t.dtype, t.shape, t.pieces.nbytes) for t in tensors)
+    listed = ((t.name, t.dtype, t.shape, t.pieces.nbytes) for t in tensors)
+    return header_of(listed, PAGE_BYTES)
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -201,11 +209,9 @@ async def _write(store: BlockStore, path: Path, head: bytes, pieces: Sequence[Pi
     partial = path.with_name(f".{path.name}.partial")
     async with await trio.open_file(partial, "wb") as file:
         await file.write(head)
-        for cid in (cid for piece in pieces for cid in cids_from(piece.cids)):
-            data = await store.get(cid)
-            if data is None:
-                raise UsageProblem(f"block {cid_text(cid)} is not here any more: get the model again")
-            await file.write(data)
         await file.flush()
+        for cid in (cid for piece in pieces for cid in cids_from(piece.cids)):
+            if not await store.append(cid, file.fileno()):
+                raise UsageProblem(f"block {cid_text(cid)} is not here any more: get the model again")
         await trio.to_thread.run_sync(os.fsync, file.fileno())
     await trio.to_thread.run_sync(os.replace, partial, path)

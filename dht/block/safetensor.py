@@ -2,7 +2,7 @@
 
 The format (safetensors specification): 8 bytes of length, little endian, then JSON of name -> dtype, shape,
 data_offsets, then the data. A manifest is made of any peer's files, so everything is checked against the
-file's size. The header is written the same way everywhere: names sorted, padded with spaces to 8 bytes.
+file's size. A new header is padded with spaces, as the format allows.
 """
 
 from __future__ import annotations
@@ -81,13 +81,16 @@ def find_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Length and header of a file with these (name, dtype, shape, nbytes), whose data stand in this order."""
+def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], align: int = 8) -> bytes:
+    """Length and header of a file with these (name, dtype, shape, nbytes), whose data stand in this order.
+
+    The data begin at a multiple of `align`, which is one of 8.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape, nbytes in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     return struct.pack("<Q", len(text)) + text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import subprocess
 import sys
@@ -99,6 +101,35 @@ async def test_a_block_damaged_on_the_disk_is_not_here(tmp_path: Path) -> None:
     assert (again.damaged, again.shelf.used_bytes) == (1, 0)
     await again.put(cid, data)
     assert await again.get(cid) == data
+    again.close()
+
+
+@pytest.mark.parametrize("fails", [None, errno.EXDEV])
+async def test_a_block_is_copied_into_a_file_whatever_the_file_system_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int | None
+) -> None:
+    if fails is not None:
+
+        def refuse(*_: object) -> int:
+            raise OSError(fails, "not here")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    store = DiskStore(tmp_path / "store")
+    (one, data), (other, rest) = part(1, 5000), part(2, 3_000_000)
+    await store.put(one, data)
+    await store.put(other, rest)
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(b"head")
+        assert await store.append(one, file.fileno())
+        assert await store.append(other, file.fileno())
+        assert not await store.append(part(3)[0], file.fileno())
+    assert (tmp_path / "file").read_bytes() == b"head" + data + rest
+    store.close()
+    file_of(tmp_path / "store", one).write_bytes(data[:-1] + b"x")
+    again = DiskStore(tmp_path / "store")
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        assert not await again.append(one, file.fileno()), "it was damaged"
+        assert file.tell() == 0
     again.close()
 
 

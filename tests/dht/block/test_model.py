@@ -21,7 +21,7 @@ from mycel.dht.block.disk import DiskStore
 from mycel.dht.block.exchange import Exchange
 from mycel.dht.block.manifest import EDGE, pin_name, read_manifest
 from mycel.dht.block.memory import MemoryStore
-from mycel.dht.block.model import Model, fetch_model, lay_out
+from mycel.dht.block.model import Model, fetch_model, lay_out, read_model
 from mycel.dht.block.safetensor import read_tensors
 from mycel.protocol.cid import Cid, cid_of, cid_text
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError, UsageProblem
@@ -119,6 +119,32 @@ def fine_tune(original: Path, tuned: Path, changed: str) -> Path:
     save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
     (tuned / "config.json").write_bytes((original / "config.json").read_bytes())
     return tuned
+
+
+async def test_laid_out_tensors_of_whole_pages_stand_at_pages_and_all_at_their_items(tmp_path: Path) -> None:
+    """What can share its extents with its block stands where it does."""
+    source = tmp_path / "m"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"num_hidden_layers": 1}))
+    shapes = {
+        "a": (3, torch.int8),
+        "b": (2048, torch.float32),
+        "c": (5, torch.float64),
+        "d": (4096, torch.int8),
+    }
+    tensors = {f"layers.0.{n}": torch.arange(k, dtype=torch.float32).to(t) for n, (k, t) in shapes.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    store = MemoryStore()
+    root = await add_model(store, source, name="m", fingerprint="f")
+    model = await read_model(store, root)
+    assert model is not None
+    made = await lay_out(store, model, tmp_path / "out")
+    (file,) = made.glob("layer-*.safetensors")  # noqa: ASYNC240 a test's own disk
+    places = {tensor.name[-1]: tensor.offset for tensor in read_tensors(file)}
+    assert (places["b"] % 4096, places["d"] % 4096, places["c"] % 8) == (0, 0, 0)
+    assert max(places["b"], places["d"]) < min(places["c"], places["a"])
+    found = load_file(file)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 async def test_two_fine_tunes_share_what_is_equal(original: Path, tmp_path: Path) -> None:
