@@ -1,0 +1,55 @@
+"""A job on daemons that are processes of their own: its coordinator is killed, the others have the result."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from mycel.node.client import Client
+
+NONE = {"complete": False}
+
+
+def test_a_job_goes_on_after_kill_9_of_its_coordinator_and_is_pulled_from_any_peer(
+    machine, byte_model, poll, tmp_path
+):
+    names = ["founder", "second", "third"]
+    machine("founder").start("up")
+    ticket = machine("founder").json("ticket")["text"]
+    machine("second").start("join", ticket, "--serve", str(byte_model))
+    machine("third").start("join", ticket)
+    ask = {name: Client(machine(name).home) for name in names}
+    poll(lambda: all(len(ask[name].get("peers")) == 2 for name in names))
+    poll(lambda: all(model["complete"] for name in names for model in ask[name].get("models") or [NONE]))
+    prompts = [json.dumps({"prompt": f"number {number} is", "id": number}) for number in range(50)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    (tmp_path / "job.toml").write_text(
+        'kind = "generate"\nname = "night"\nmodel = "tiny"\nprompts = "prompts.jsonl"\nat_once = 1\n'
+        "[sampling]\nmax_tokens = 32\n"
+    )
+    (tmp_path / "wrong.toml").write_text('kind = "generate"\nmodle = "tiny"\n')
+    wrong = machine("third").run("submit", str(tmp_path / "wrong.toml"), rc=2)
+    assert "unknown key modle (did you mean model?)" in wrong.stderr
+    job = machine("third").json("submit", str(tmp_path / "job.toml"))["id"]
+
+    def view(name: str):
+        return next((one for one in ask[name].get("jobs")["jobs"] if one["id"] == job), None)
+
+    running = poll(lambda: (one := view("third")) and 0 < one["step"] < 50 and one)
+    peers = {ask[name].get("status")["peer"]: name for name in names}
+    coordinator = machine(peers[running["coordinator"]])
+    assert coordinator.process is not None
+    coordinator.process.send_signal(signal.SIGKILL)
+    coordinator.process.wait()
+    left = [name for name in names if machine(name) is not coordinator]
+    done = poll(lambda: (one := view(left[0])) and one["phase"] == "done" and one)
+    assert (done["epoch"], peers[done["coordinator"]] in left, done["step"]) == (2, True, 50)
+    files = machine(left[1]).json("pull", "night", str(tmp_path / "out"))["files"]
+    lines = [json.loads(line) for line in Path(files[0]["path"]).read_text("utf-8").splitlines()]
+    assert [line["id"] for line in lines] == list(range(50))
+    assert all(line["finish"] in ("stop", "length") for line in lines)
+    said = machine(left[1]).run("logs", job[:6]).stdout
+    assert "coordinates, epoch 2" in said
+    assert "resumed with" in said
+    machine(left[1]).run("stop", "nobody", rc=1)
