@@ -71,8 +71,10 @@ class Group:
         self._mover = mover
         self._limits = limits
         self.name = name
+        self.me = mesh.peer_id
+        self.policy = policy or Policy()
         self._tell = Method(f"group/{name}", Bundle, NoneType)
-        self._core = Membership(name, mesh.peer_id, mesh.entropy, policy or Policy(), limits)
+        self._core = Membership(name, mesh.peer_id, mesh.entropy, self.policy, limits)
         self._operations: dict[str, Operation] = {}
         self._staged: dict[Attempt, Staged] = {}
         self._scopes: dict[Attempt, trio.CancelScope] = {}
@@ -170,7 +172,7 @@ class Group:
         self, kind: Kind, tag: str, array: Array, rule: Rule, root: PeerId = PeerId("")
     ) -> tuple[Outcome, Array]:
         if self._nursery is None:
-            raise LocalProtocolError(f"the group {self.name} is not running; start Group.run first")
+            raise Fenced(f"the group {self.name} does not run at this node; start Group.run first")
         if len(tag) > self._limits.tag_chars:
             raise UsageProblem(f"a tag has {self._limits.tag_chars} characters at most, not {len(tag)}")
         if tag in self._operations:

@@ -1,19 +1,31 @@
-"""Groups in a bottle: memberships with a clock and a network of their own, which loses and doubles."""
+"""Groups to test: memberships in a bottle (a clock and a network of their own, which loses and doubles), and
+whole stacks over the simulated mesh."""
 
 from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
+import trio
 
 from mycel.compute.collective.attempt import Attempt
 from mycel.compute.collective.epoch import Epoch, Member, Message, Terms, place_of
 from mycel.compute.collective.group import Membership, Policy
 from mycel.compute.collective.ledger import Abandon, Begin, Entered, Left, Send, Settled
+from mycel.compute.collective.mover import RingMover
+from mycel.compute.collective.service import Group
+from mycel.compute.collective.streams import StreamLanes
+from mycel.protocol.limits import LaneLimits
 from mycel.protocol.limits_group import GroupLimits
 from mycel.protocol.mesh import PeerId
+from mycel.protocol.rpc import Rpc
+from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
 LIMITS = GroupLimits()
 
@@ -219,3 +231,91 @@ class Bottle:
 def bottle_of() -> type[Bottle]:
     """Make a bottle: `bottle_of(policy, seed)`."""
     return Bottle
+
+
+class Peer:
+    """One process: a mesh, calls, lanes, a mover, a group."""
+
+    def __init__(self, world: MeshWorld, mesh: SimMesh, policy: Policy) -> None:
+        self.world = world
+        self.mesh = mesh
+        self.rpc = Rpc(mesh)
+        self.lanes = StreamLanes(mesh)
+        self.mover = RingMover(mesh, self.lanes, limits=LaneLimits())
+        self.group = Group(mesh, self.rpc, self.mover, "demo", policy)
+        self.scopes: list[trio.CancelScope] = []
+
+    def scope(self) -> trio.CancelScope:
+        """What runs in this process runs in one of these."""
+        self.scopes.append(trio.CancelScope())
+        return self.scopes[-1]
+
+    def stop(self) -> None:
+        """End the process in order."""
+        for scope in self.scopes:
+            scope.cancel()
+
+    @property
+    def number(self) -> int:
+        return self.mesh.index + 1
+
+    async def run(self, others: list[SimMesh]) -> None:
+        with self.scope():
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.rpc.run)
+                await nursery.start(self.lanes.run)
+                await nursery.start(self.mover.run)
+                for other in others:
+                    await self.mesh.connect(other.listen_addrs)
+                await nursery.start(self.group.run)
+                await trio.sleep_forever()
+
+    def kill(self) -> None:
+        self.world.kill(self.mesh)
+        self.stop()
+
+    def array(self, items: int = 1000) -> Any:
+        return np.full(items, float(self.number), np.float32)
+
+
+class Swarm:
+    """Peers of one world."""
+
+    def __init__(self, world: MeshWorld, nursery: trio.Nursery) -> None:
+        self.world = world
+        self.nursery = nursery
+        self.peers: list[Peer] = []
+
+    def start(self, policy: Policy = Policy(), again: Peer | None = None) -> Peer:
+        mesh = self.world.add() if again is None else self.world.restart(again.mesh)
+        peer = Peer(self.world, mesh, policy)
+        others = [other.mesh for other in self.peers if other.mesh.is_alive and other.mesh is not mesh]
+        self.peers.append(peer)
+        self.nursery.start_soon(peer.run, others)
+        return peer
+
+    def calls_of(self, peers: Sequence[Any], method: str) -> list[int]:
+        """How many calls of a method each has answered."""
+        return [peer.peer.rpc.calls.get(method, 0) for peer in peers]
+
+    async def gather(self, count: int, policy: Policy = Policy()) -> list[Peer]:
+        peers = [self.start(policy) for _ in range(count)]
+        for peer in peers:
+            await peer.group.gather_members(count)
+        return peers
+
+
+@asynccontextmanager
+async def open_swarm(**options: Any) -> AsyncIterator[Swarm]:
+    async with (
+        mesh_world(MeshOptions(latency_s_max=0.02, **options)) as world,
+        trio.open_nursery() as nursery,
+    ):
+        yield Swarm(world, nursery)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def swarm() -> Callable[..., AbstractAsyncContextManager[Swarm]]:
+    """Opens a swarm: `async with swarm(bytes_per_s=1e7) as world`, under `mycel.simnet.clock.run`."""
+    return open_swarm

@@ -6,8 +6,7 @@ Arrays hold what their peer's number says, so that a wrong sum shows; every surv
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,10 @@ import pytest
 import trio
 
 from mycel.compute.collective.group import Policy
-from mycel.compute.collective.mover import RingMover
 from mycel.compute.collective.outcome import Fenced, OperationRefused, Outcome
-from mycel.compute.collective.service import Group
-from mycel.compute.collective.streams import StreamLanes
 from mycel.protocol.errors import UsageProblem
-from mycel.protocol.limits import LaneLimits
 from mycel.protocol.mesh import PeerId
-from mycel.protocol.rpc import Rpc
 from mycel.simnet import clock
-from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
 
 def simulated(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -40,84 +33,6 @@ def simulated(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 ANY = Policy(quorum="any")
 
 
-class Peer:
-    """One process: a mesh, calls, lanes, a mover, a group."""
-
-    def __init__(self, world: MeshWorld, mesh: SimMesh, policy: Policy) -> None:
-        self.world = world
-        self.mesh = mesh
-        self.rpc = Rpc(mesh)
-        self.lanes = StreamLanes(mesh)
-        self.mover = RingMover(mesh, self.lanes, limits=LaneLimits())
-        self.group = Group(mesh, self.rpc, self.mover, "demo", policy)
-        self.scopes: list[trio.CancelScope] = []
-
-    def scope(self) -> trio.CancelScope:
-        """What runs in this process runs in one of these."""
-        self.scopes.append(trio.CancelScope())
-        return self.scopes[-1]
-
-    def stop(self) -> None:
-        """End the process in order."""
-        for scope in self.scopes:
-            scope.cancel()
-
-    @property
-    def number(self) -> int:
-        return self.mesh.index + 1
-
-    async def run(self, others: list[SimMesh]) -> None:
-        with self.scope():
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.rpc.run)
-                await nursery.start(self.lanes.run)
-                await nursery.start(self.mover.run)
-                for other in others:
-                    await self.mesh.connect(other.listen_addrs)
-                await nursery.start(self.group.run)
-                await trio.sleep_forever()
-
-    def kill(self) -> None:
-        self.world.kill(self.mesh)
-        self.stop()
-
-    def array(self, items: int = 1000) -> Any:
-        return np.full(items, float(self.number), np.float32)
-
-
-class Swarm:
-    """Peers of one world."""
-
-    def __init__(self, world: MeshWorld, nursery: trio.Nursery) -> None:
-        self.world = world
-        self.nursery = nursery
-        self.peers: list[Peer] = []
-
-    def start(self, policy: Policy = Policy(), again: Peer | None = None) -> Peer:
-        mesh = self.world.add() if again is None else self.world.restart(again.mesh)
-        peer = Peer(self.world, mesh, policy)
-        others = [other.mesh for other in self.peers if other.mesh.is_alive and other.mesh is not mesh]
-        self.peers.append(peer)
-        self.nursery.start_soon(peer.run, others)
-        return peer
-
-    async def gather(self, count: int, policy: Policy = Policy()) -> list[Peer]:
-        peers = [self.start(policy) for _ in range(count)]
-        for peer in peers:
-            await peer.group.gather_members(count)
-        return peers
-
-
-@asynccontextmanager
-async def swarm(**options: Any) -> AsyncIterator[Swarm]:
-    async with (
-        mesh_world(MeshOptions(latency_s_max=0.02, **options)) as world,
-        trio.open_nursery() as nursery,
-    ):
-        yield Swarm(world, nursery)
-        nursery.cancel_scope.cancel()
-
-
 class Calls:
     """One operation called by several peers at once."""
 
@@ -127,7 +42,7 @@ class Calls:
         self.arrays: dict[int, Any] = {}
         self.took: dict[int, float] = {}
 
-    async def reduce(self, peer: Peer, items: int = 1000, **how: Any) -> None:
+    async def reduce(self, peer: Any, items: int = 1000, **how: Any) -> None:
         array = self.arrays[peer.number] = peer.array(items)
         before = trio.current_time()
         try:
@@ -138,7 +53,7 @@ class Calls:
         self.took[peer.number] = trio.current_time() - before
 
 
-def same_bytes(calls: Calls, peers: list[Peer]) -> float:
+def same_bytes(calls: Calls, peers: list[Any]) -> float:
     """The peers' common value, which every item of every one of them has."""
     first = calls.arrays[peers[0].number]
     for peer in peers:
@@ -148,7 +63,7 @@ def same_bytes(calls: Calls, peers: list[Peer]) -> float:
 
 
 @simulated
-async def test_operations_end_alike_on_all() -> None:
+async def test_operations_end_alike_on_all(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3)
         calls = Calls()
@@ -162,12 +77,12 @@ async def test_operations_end_alike_on_all() -> None:
 
 
 @simulated
-async def test_parts_are_scattered_gathered_and_broadcast() -> None:
+async def test_parts_are_scattered_gathered_and_broadcast(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3)
         got: dict[int, Any] = {}
 
-        async def work(peer: Peer) -> None:
+        async def work(peer: Any) -> None:
             outcome, part = await peer.group.reduce_scatter(np.arange(10, dtype=np.float64), op="sum")
             index = outcome.contributors.index(peer.mesh.peer_id)
             again, whole = await peer.group.all_gather(np.full(2, index, np.int32), tag="g")
@@ -187,7 +102,7 @@ async def test_parts_are_scattered_gathered_and_broadcast() -> None:
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.32, 0.34, 0.36, 0.4])
 @simulated
-async def test_a_death_at_any_moment_leaves_the_survivors_with_one_result(after: float) -> None:
+async def test_a_death_at_any_moment_leaves_the_survivors_with_one_result(swarm: Any, after: float) -> None:
     """Arrival, reduce-scatter, all-gather, vote: a megabyte at 10 MB/s passes all of them in 0.4 s."""
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
@@ -205,7 +120,7 @@ async def test_a_death_at_any_moment_leaves_the_survivors_with_one_result(after:
 
 
 @simulated
-async def test_two_of_five_die_at_once() -> None:
+async def test_two_of_five_die_at_once(swarm: Any) -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(5)
         calls = Calls()
@@ -219,7 +134,7 @@ async def test_two_of_five_die_at_once() -> None:
 
 
 @simulated
-async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out() -> None:
+async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out(swarm: Any) -> None:
     """SIGSTOP and SIGCONT, as the others see it."""
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
@@ -245,7 +160,7 @@ async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out() -> Non
 
 
 @simulated
-async def test_down_to_one_and_back() -> None:
+async def test_down_to_one_and_back(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3, ANY)
         calls = Calls()
@@ -266,7 +181,7 @@ async def test_down_to_one_and_back() -> None:
 
 
 @simulated
-async def test_a_newcomer_that_dies_while_it_comes_in_holds_nobody_up() -> None:
+async def test_a_newcomer_that_dies_while_it_comes_in_holds_nobody_up(swarm: Any) -> None:
     for after in (0.05, 0.15, 0.2, 0.25, 0.3, 0.4):
         async with swarm() as world:
             peers = await world.gather(2)
@@ -282,7 +197,7 @@ async def test_a_newcomer_that_dies_while_it_comes_in_holds_nobody_up() -> None:
 
 
 @simulated
-async def test_eight_reduces_under_way_while_a_member_dies_and_another_comes() -> None:
+async def test_eight_reduces_under_way_while_a_member_dies_and_another_comes(swarm: Any) -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
         calls = [Calls() for _ in range(8)]
@@ -301,7 +216,7 @@ async def test_eight_reduces_under_way_while_a_member_dies_and_another_comes() -
 
 
 @simulated
-async def test_another_tensor_under_one_tag_is_refused_everywhere() -> None:
+async def test_another_tensor_under_one_tag_is_refused_everywhere(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3)
         calls = Calls()
@@ -321,7 +236,7 @@ async def test_another_tensor_under_one_tag_is_refused_everywhere() -> None:
 
 
 @simulated
-async def test_who_is_cancelled_has_its_array_and_the_others_an_error() -> None:
+async def test_who_is_cancelled_has_its_array_and_the_others_an_error(swarm: Any) -> None:
     async with swarm(bytes_per_s=1e7) as world:
         peers = await world.gather(3)
         calls = Calls()
@@ -338,12 +253,12 @@ async def test_who_is_cancelled_has_its_array_and_the_others_an_error() -> None:
 
 
 @simulated
-async def test_items_that_a_codec_cannot_carry_are_refused_by_name() -> None:
+async def test_items_that_a_codec_cannot_carry_are_refused_by_name(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(2)
         errors: list[str] = []
 
-        async def work(peer: Peer) -> None:
+        async def work(peer: Any) -> None:
             array = peer.array(100_000)
             if peer.number == 2:
                 array[7] = np.nan
@@ -361,7 +276,7 @@ async def test_items_that_a_codec_cannot_carry_are_refused_by_name() -> None:
 
 
 @simulated
-async def test_what_cannot_be_called_is_told_at_once() -> None:
+async def test_what_cannot_be_called_is_told_at_once(swarm: Any) -> None:
     async with swarm() as world:
         (peer,) = await world.gather(1)
         with pytest.raises(UsageProblem, match="contiguous"):
@@ -373,13 +288,13 @@ async def test_what_cannot_be_called_is_told_at_once() -> None:
 
 
 @simulated
-async def test_a_broadcast_whose_root_is_gone_is_refused() -> None:
+async def test_a_broadcast_whose_root_is_gone_is_refused(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3)
         gone = PeerId(peers[2].mesh.peer_id)
         peers[2].kill()
 
-        async def work(peer: Peer) -> None:
+        async def work(peer: Any) -> None:
             with pytest.raises(OperationRefused, match="no member any more"):
                 await peer.group.broadcast(np.zeros(4), gone)
 
@@ -389,7 +304,7 @@ async def test_a_broadcast_whose_root_is_gone_is_refused() -> None:
 
 
 @simulated
-async def test_who_leaves_in_order_is_not_waited_for() -> None:
+async def test_who_leaves_in_order_is_not_waited_for(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3)
         calls = Calls()
