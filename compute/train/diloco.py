@@ -27,7 +27,7 @@ import torch
 from mycel.compute.train.border import Border, BorderOptions, OuterStep
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Flat
-from mycel.compute.train.peers import Peers, PeersGone, Pending
+from mycel.compute.train.peers import LeftOut, Peers, Pending
 
 TAG = "diloco"
 GRADIENTS_TAG = "gradients"
@@ -72,7 +72,8 @@ class DiLoCo:
     def step(self) -> OuterStep | None:
         """After every inner step. What the outer step did where one was due, None otherwise.
 
-        Raises `PeersGone`; the weights are then this peer's own, and a later `step` tries again.
+        A peer that was left out (too slow, or cut off) takes over the others' state and goes on from there:
+        the way it went since is lost. Raises as `Peers.all_reduce` for what cannot be added up.
         """
         self._inner += 1
         if self._inner < self.options.every and not self.peers.is_awaited(TAG):
@@ -95,19 +96,24 @@ class DiLoCo:
         """Send this peer's way and apply the sum that is there: this one, or with overlap the one before."""
         way = self._border.way_to(self._flat.read())
         row = self._border.pack(way, self._inner)
+        self._inner = 0
         if self.options.overlap:
-            self._inner = 0
-            done = self._apply_late() or OuterStep(self.outer_steps, 0, 0.0, 1.0)
+            done = self._apply_late()
             if not self._agree():
                 self._border.go_ahead(way)
             self._begin(row)
         else:
-            reduced = self.peers.all_reduce(row, op="sum", tag=TAG, codec=self.options.codec)
-            self._inner = 0
-            done = self._border.apply(row, reduced.contributors)
+            done = self._apply_now(row)
             self._agree()
         self._flat.write(self._border.start)
-        return done
+        return done or OuterStep(self.outer_steps, 0, 0.0, 1.0)
+
+    def _apply_now(self, row: Flat) -> OuterStep | None:
+        try:
+            reduced = self.peers.all_reduce(row, op="sum", tag=TAG, codec=self.options.codec)
+        except LeftOut:
+            return None
+        return self._border.apply(row, reduced.contributors)
 
     def _begin(self, row: Flat) -> None:
         pending = self.peers.begin_all_reduce(row, op="sum", tag=TAG, codec=self.options.codec)
@@ -119,9 +125,8 @@ class DiLoCo:
             return None
         try:
             reduced = late.pending.wait()
-        except PeersGone:  # the way is lost, the model is not: all who go on lost it alike
-            self._border.begin_again()
-            raise
+        except LeftOut:
+            return None
         return self._border.apply(late.row, reduced.contributors, late.begun_at)
 
     def _agree(self) -> bool:
@@ -148,7 +153,7 @@ class DataParallel:
         self._flat.write(weights)
 
     def average(self) -> int:
-        """Replace the gradients by their average; how many peers are in it. Raises `PeersGone`."""
+        """Replace the gradients by their average; how many peers are in it. Raises `LeftOut`."""
         row = self._flat.read_gradients()
         reduced = self.peers.all_reduce(row, op="avg", tag=GRADIENTS_TAG, codec=self.codec)
         self._flat.write_gradients(row)

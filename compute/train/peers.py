@@ -17,8 +17,8 @@ from mycel.protocol.errors import MycelError
 Array = NDArray[Any]
 
 
-class PeersGone(MycelError):
-    """The group cannot go on: this peer lost its quorum, or its connection to the group."""
+class LeftOut(MycelError):
+    """The others went on without this peer: it was too slow, or cut off. `sync` brings it in again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Pending(Protocol):
     """A reduction under way."""
 
     def wait(self) -> Reduced:
-        """Until it is done. Raises `PeersGone`; the array is then as it was."""
+        """Until it is done. Raises `LeftOut`; the array is then as it was."""
 
 
 class Peers(Protocol):
@@ -50,7 +50,7 @@ class Peers(Protocol):
     ) -> Reduced:
         """Replace `array` by the sum, average, smallest or largest (`op`) over all members.
 
-        `codec` "int8" or "int4" sends blocks of small integers with a scale each. Raises `PeersGone`; the
+        `codec` "int8" or "int4" sends blocks of small integers with a scale each. Raises `LeftOut`; the
         array is then as it was.
         """
 
@@ -67,5 +67,5 @@ class Peers(Protocol):
 
         Members compare hashes; whoever differs from the majority (a newcomer, or one that missed a step) gets
         what differs, in place, from the others, who go on meanwhile. Every member calls it at the same border
-        of its work; a newcomer calls it first of all, with numbers of its own. Raises `PeersGone`.
+        of its work; a newcomer calls it first of all, with numbers of its own, and so does who was left out.
         """
