@@ -18,7 +18,6 @@ docs/scale.md shows.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from functools import partial
 from measure import report, stopwatch
 
 from mycel.simnet import clock
+from mycel.simnet.curves import law
 from mycel.simnet.lookups import LookupsOptions, LookupsReport, lookups, restless
 
 SIZES = (60, 250, 1000, 5000)
@@ -82,8 +82,7 @@ def main() -> None:
         figures |= {f"{name}{ending}": value for name, value in _figures(told).items()}
     rows = [[_figures(told)[name] for name in COLUMNS] for told in reports]
     for column in ("hops_mean", "questions_per_read", "questions_per_join"):
-        values = [row[COLUMNS.index(column)] for row in rows]
-        base, slope = law([told.nodes for told in reports], values)
+        base, slope = law([(told.nodes, _figures(told)[column]) for told in reports])
         figures[f"law_{column}"] = f"{base:.2f} + {slope:.2f} log2 N" if len(rows) > 1 else None
     report("dht", figures | {"curves_of": list(COLUMNS), "curves": rows})
     good = all(_kept(told) for told in reports)
@@ -135,16 +134,6 @@ def _figures(told: LookupsReport) -> dict[str, float]:
 def _kept(told: LookupsReport) -> bool:
     ratio = told.silent.p99_s / told.calm.p99_s
     return told.calm.success >= SUCCESS_MIN and told.silent.success >= SILENT_MIN and ratio < RATIO_MAX
-
-
-def law(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
-    """Base and slope of the line through `values` against log2 of `sizes`."""
-    logs = [math.log2(size) for size in sizes]
-    middle, mean = sum(logs) / len(logs), sum(values) / len(values)
-    spread = sum((log - middle) ** 2 for log in logs)
-    pairs = zip(logs, values, strict=True)
-    slope = sum((log - middle) * (value - mean) for log, value in pairs) / spread if spread else 0.0
-    return mean - slope * middle, slope
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ FAILURES = (
 """How a question may end that is the peer's affair, or the way's."""
 
 
+NOT_RUNNING = "Kademlia.run is not running; start it before asking"
+
 Then = Callable[[Message | None], None]
 """Called with the answer, or with None where none came in time or none that can be read."""
 
@@ -110,7 +112,7 @@ class Asker:
     def start(self, task: Callable[[], Awaitable[object]]) -> None:
         """Run `task` beside everything else. Raises `LocalProtocolError` where the service does not run."""
         if self._nursery is None:
-            raise LocalProtocolError("Kademlia.run is not running; start it before asking")
+            raise LocalProtocolError(NOT_RUNNING)
         self._nursery.start_soon(task)
 
     async def ask(self, contact: Contact, message: Message) -> Message | None:
@@ -128,6 +130,8 @@ class Asker:
 
     def ask_soon(self, contact: Contact, message: Message, then: Then = lambda answer: None) -> None:
         """Ask without waiting; `then` is called from elsewhere. Raises `LocalProtocolError` as `start`."""
+        if self._nursery is None:
+            raise LocalProtocolError(NOT_RUNNING)
         peer = contact.peer
         self.asked += 1
         alarm = (self.alarm, self.asked)
@@ -158,6 +162,7 @@ class Asker:
             try:
                 if question.is_over:
                     return
+                question.dialled = peer not in self._mesh.peers
                 await self.connect(question.contact)
                 if question.is_over or self._try(question):
                     return

@@ -92,6 +92,9 @@ class Question:
         sent = stream.try_send(self._raw(stream), end=not self._is_foreign)
         if sent:
             stream.deliver_to(self._on_data)
+        else:
+            self._stream, self.bytes = None, 0
+            stream.reset()
         return sent
 
     async def send(self, stream: Stream) -> None:

@@ -120,3 +120,24 @@ def test_bounds_hold_and_the_closest_are_the_closest(contact, events, name):
     found = table.closest(target, 5)
     assert [one.key ^ target for one in found] == sorted(one.key ^ target for one in found)
     assert len({one.peer for one in held}) == len(held) == len(table)
+
+
+@pytest.mark.parametrize("target", [b"a", b"b", b"c", b"d", b"e"])
+def test_the_closest_are_the_first_of_all_in_order(table, contact, target):
+    fill(table, [contact(n) for n in range(1, 300)])
+    key = key_of(target)
+    failed = [one.peer for one in table.all()[::3]]
+    for peer in failed:
+        table.on_failure(peer)
+    good = [one for one in table.all() if one.peer not in failed]
+    assert table.closest(key, 9) == sorted(good, key=lambda one: one.key ^ key)[:9]
+
+
+def test_looking_for_oneself_is_looking_through_the_neighbourhood(table, contact):
+    own = contact(0).key
+    fill(table, [contact(n) for n in range(1, 200)])
+    near = [one for one in table.all() if shared_bits(own, one.key) >= table.neighbourhood]
+    assert 0 < len(near) <= LIMITS.bucket
+    assert {one.peer for one in near} == {one.peer for one in table.closest(own, len(near))}
+    table.looked_around(5.0)
+    assert table.stale_buckets(4.0) == list(range(table.neighbourhood))
