@@ -123,6 +123,9 @@ class Config:
     upload_bytes_per_s: int = 0
     """Bytes per second for all blocks that are sent to others. 0: no bound."""
 
+    lane_bytes_per_s: float = 0.0
+    """Bytes per second that this node sends to the groups it computes in, all together. 0: no bound."""
+
     kv_bytes_max: int = 2048 * MIB
     """Memory for the key-value caches of all sessions together. A session that does not fit is refused."""
 
@@ -259,7 +262,7 @@ FOREIGN = ("/ipfs/kad/1.0.0",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "blocks_bytes_max", "upload_bytes_per_s", "leave_s",
+_NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "blocks_bytes_max", "upload_bytes_per_s", "lane_bytes_per_s", "leave_s",
                  "layers_wait_s", "rescue_s", "relay_reservations_max", "relay_circuits_max",
                  "relay_circuits_per_peer", "relay_bytes_per_s",
                  "relay_bytes_per_s_per_peer", "relay_circuit_s", "relay_circuit_bytes")  # fmt: skip

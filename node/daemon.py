@@ -12,6 +12,7 @@
     discovery   Kademlia: who is where, small records, who provides what
     blocks      content blocks, kept and served
     catalog     models as blocks: which are here, and which there
+    together    groups that compute together
     jobs        work that the swarm does to its end
     lender      stages by the owner's order
     assigner    stages by the swarm's need
@@ -59,6 +60,7 @@ from mycel.node.providers import Providers
 from mycel.node.reach.outward import Outward
 from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
+from mycel.node.together import OpenLanes, Together, stream_lanes
 from mycel.protocol.address import peer_of, tcp_of
 from mycel.protocol.chain import Chain
 from mycel.protocol.errors import AddressError
@@ -89,6 +91,8 @@ class Papers:
     """Where documents are kept."""
     open_store: OpenStore = memory_store
     """Opens the store of blocks."""
+    open_lanes: OpenLanes = stream_lanes
+    """Makes what bulk between members of a group goes over."""
 
 
 async def run(
@@ -133,6 +137,7 @@ async def run(
     catalog.providers = Providers(host, discovery)
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
+    node.together = Together(host, rpc, papers.open_lanes)
     node.jobs = open_jobs(node, papers.memory)
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
@@ -147,6 +152,7 @@ async def run(
         await nursery.start(discovery.run)
         await nursery.start(blocks.run)
         await nursery.start(catalog.run)
+        await nursery.start(node.together.run)
         await nursery.start(node.jobs.run)
         board.publish(LABEL_KEY, config.label.encode()[:LABEL_BYTES_MAX])
         nursery.start_soon(node.members.run)

@@ -241,3 +241,8 @@ def _close(sock: socket.socket) -> None:
     if sock.fileno() >= 0:
         trio.lowlevel.notify_closing(sock)
         sock.close()
+
+
+def socket_lanes(bytes_per_s: float) -> Callable[[Mesh, Rpc], SocketLanes]:
+    """Makes a node's lanes, with a bound on what it sends over them; 0 for none."""
+    return lambda mesh, rpc: SocketLanes(mesh, rpc, LaneOptions(bytes_per_s=bytes_per_s))

@@ -25,6 +25,7 @@ from mycel.node.jobs.service import Jobs
 from mycel.node.lend import Lender
 from mycel.node.members import Members
 from mycel.node.reach.reach import Reach
+from mycel.node.together import Together
 from mycel.node.views import (
     HolderView,
     ModelView,
@@ -93,6 +94,7 @@ class Node:
     tally: Tally = field(default_factory=Tally)
     members: Members = field(init=False)
     """What nodes write of themselves, and what is known of members that are away."""
+    together: Together = field(init=False)
     jobs: Jobs = field(init=False)
     """Set by the daemon before anything runs."""
     _reports: deque[Report] = field(default_factory=lambda: deque(maxlen=REPORTS_MAX))

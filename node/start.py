@@ -31,6 +31,7 @@ from mycel.node.blocks import store_in
 from mycel.node.config import Config
 from mycel.node.docdisk import DiskStore
 from mycel.node.memory import FolderMemory, Memory
+from mycel.node.lanes import socket_lanes
 from mycel.node.running import Node
 from mycel.node.tcp import TcpNetwork
 from mycel.node.tls import server_context
@@ -82,7 +83,14 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
         store = await DiskStore.open(config.home / DOCUMENTS_FILE)
         blocks = partial(store_in, config.home / BLOCKS_FOLDER, config.blocks_bytes_max)
         papers = daemon.Papers(
-            trust.identity, trust.credentials, trust.keep, memory, bootstrap, store, blocks
+            trust.identity,
+            trust.credentials,
+            trust.keep,
+            memory,
+            bootstrap,
+            store,
+            blocks,
+            socket_lanes(config.lane_bytes_per_s),
         )
         if not config.label:
             config = replace(config, label=socket.gethostname())
