@@ -31,7 +31,7 @@ from mycel.node.jobs.kinds import Spec
 from mycel.node.jobs.record import JOB, PREFIX, STOP, AccessOf, key_of
 from mycel.node.jobs.runner import Checker, Runner, Runners, Services
 from mycel.node.jobs.spec import Job, JobInvalid, id_of
-from mycel.node.jobs.submit import Files, choose_electors, make_job, make_stop, packed
+from mycel.node.jobs.submit import Draft, Files, choose_electors, make_job, make_stop, packed
 from mycel.node.jobs.views import JobsView, JobView, LogLine, job_view, jobs_view
 from mycel.node.jobs.voting import HALT, OFFER, Halt, Offer, Voting
 from mycel.node.jobs.work import Tools
@@ -146,9 +146,8 @@ class Jobs:
             await runner.check(spec, files)
         is_member = place.own_access() >= Access.MEMBER
         electors = choose_electors(place.mesh, is_member=is_member, count=self._limits.electors)
-        envelope = await make_job(
-            place.mesh, tools.blobs, spec, files, electors=electors, chain=place.chain(), limits=self._limits
-        )
+        draft = Draft(spec, files, electors, place.chain())
+        envelope = await make_job(place.mesh, tools.blobs, draft, self._limits)
         job = id_of(envelope.body)
         self._put(Fact(place.mesh.peer_id, key_of(job, JOB), packed(envelope)))
         entry = self.book.get(job)

@@ -7,7 +7,8 @@ has one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -48,20 +49,25 @@ def choose_electors(mesh: Mesh, *, is_member: bool, count: int = DEFAULT_JOB_LIM
     return pool[: size if size % 2 else size - 1]
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a job is made of."""
+
+    spec: Spec
+    files: Files
+    electors: Sequence[PeerId]
+    chain: bytes
+    """What shows that this node may submit."""
+
+
 async def make_job(
-    mesh: Mesh,
-    blobs: Blobs,
-    spec: Spec,
-    files: Files,
-    *,
-    electors: list[PeerId],
-    chain: bytes,
-    limits: JobLimits = DEFAULT_JOB_LIMITS,
+    mesh: Mesh, blobs: Blobs, draft: Draft, limits: JobLimits = DEFAULT_JOB_LIMITS
 ) -> Envelope:
     """The signed job, with its inputs kept here.
 
     Raises `JobInvalid` for files that are not those of the spec or too large, and what the store raises.
     """
+    spec, files = draft.spec, draft.files
     named = file_keys(spec)
     if sorted(named) != sorted(files):
         wrong = sorted(set(named) ^ set(files))[0]
@@ -83,7 +89,7 @@ async def make_job(
             submitter=mesh.peer_id,
             created=int(mesh.wall() * 1000),
             nonce=nonce,
-            electors=tuple(electors),
+            electors=tuple(draft.electors),
             kind=spec.KIND,
             spec=encode_spec(spec),
             inputs=inputs,
@@ -91,7 +97,7 @@ async def make_job(
     )
     await blobs.hold(id_of(body), INPUTS, list(inputs.values()))
     await blobs.settle(blobs.fresh(nonce.hex()))
-    return Envelope(body, mesh.sign(signed_bytes(body)), chain)
+    return Envelope(body, mesh.sign(signed_bytes(body)), draft.chain)
 
 
 def make_stop(mesh: Mesh, job: str, chain: bytes) -> Stop:
