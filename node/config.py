@@ -263,8 +263,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 RELAY_CHOICES = ("auto", "on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _NOT_NEGATIVE = ("memory_bytes", "threads", "stages", "blocks_bytes_max", "upload_bytes_per_s",
-                 "lane_bytes_per_s", "leave_s", "layers_wait_s", "rescue_s", "relay_reservations_max", "relay_circuits_max",
-                 "relay_circuits_per_peer", "relay_bytes_per_s",
+                 "lane_bytes_per_s", "leave_s", "layers_wait_s", "rescue_s", "relay_reservations_max",
+                 "relay_circuits_max", "relay_circuits_per_peer", "relay_bytes_per_s",
                  "relay_bytes_per_s_per_peer", "relay_circuit_s", "relay_circuit_bytes")  # fmt: skip
 _POSITIVE = ("kv_bytes_max", "connections_max", "dial_s", "handshake_s", "keepalive_s", "silence_s",
              "redial_s", "redial_max_s")  # fmt: skip
