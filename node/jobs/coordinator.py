@@ -97,7 +97,7 @@ class Attendance:
 
     async def _tenure(self, holding: Holding) -> int:
         """Coordinate as long as the lease is held; how many tries in a row have failed, 0 for none."""
-        work = Work(self.tools, self.entry, self.job, holding.lease)
+        work = Work(self.tools, self.entry, self.job, holding)
         runs = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep, holding, nursery.cancel_scope)

@@ -66,18 +66,33 @@ class FederateSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     KIND: ClassVar[str] = "federate"
     app: Name
-    """A built-in application, or the name of a bundle that the nodes' owners trust."""
+    """A built-in application (classifier, causal-lm), or with `code` a name for the submitter's own."""
+    code: FileName | None = None
+    """The submitter's own application, one Python file; it runs where owners trust the submitter."""
+    data: Name
+    """The name under which owners offer the data."""
     strategy: Name = "fedavg"
+    tuning: Annotated[dict[Name, int | float], Meta(max_length=64)] = {}
+    """[tuning]: the strategy's own settings."""
     rounds: Count = 10
     clients: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
-    """Clients asked in each round; 0: all that have data."""
+    """Updates that close a round at once; 0: of all that have data."""
     quorum: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     """Updates without which a round fails."""
+    oversample: Annotated[float, Meta(ge=0, le=4)] = 0.0
+    """How many more clients than wanted are asked, as a share."""
+    round_s_max: Annotated[float, Meta(gt=0, le=1e7)] = 600.0
+    patience_s: Annotated[float, Meta(ge=0, le=1e7)] = 30.0
+    """How long a round that is short of clients waits for some."""
+    evaluate_every: Annotated[int, Meta(ge=0, le=1_000_000)] = 1
+    """Have clients judge the model after every so many rounds; 0: never."""
+    fan_out: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """Clients below each aggregator of a tree, for linear strategies; 0: no tree."""
     seed: Seed = 0
     model: FileName | None = None
     """Where to begin; without it the application makes one of the seed."""
     settings: Settings = {}
-    """[settings]: for the application and the strategy."""
+    """[settings]: for the application."""
 
 
 class TrainSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,9 +23,10 @@ from mycel.node.jobs.keep import CHECKPOINT, Blobs
 from mycel.node.jobs.lease import Lease
 from mycel.node.jobs.record import RUNNING, STATE, State, key_of
 from mycel.node.jobs.spec import Blob, Job
+from mycel.node.jobs.standing import Holding
 from mycel.node.jobs.voting import HOLD, NOTE, Done, Hold, Note
 from mycel.protocol.board import Fact
-from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError
+from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError, Refused
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS, JobLimits
 from mycel.protocol.mesh import Access, Mesh, PeerId
 from mycel.protocol.rpc import Rpc
@@ -51,18 +52,18 @@ class Tools:
 
 
 class Work:
-    """See `Context`. `lease` None: a participant's."""
+    """See `Context`. `holding` None: a participant's."""
 
-    def __init__(self, tools: Tools, entry: Entry, job: Job, lease: Lease | None = None) -> None:
+    def __init__(self, tools: Tools, entry: Entry, job: Job, holding: Holding | None = None) -> None:
         self._tools = tools
         self._entry = entry
         self._job = job
-        self._own = lease
+        self._holding = holding
         self._lock = trio.Lock()
         self.state: State | None = None
         """The coordinator's."""
-        if lease is not None:
-            self.state = self._begun(lease, entry.state)
+        if holding is not None:
+            self.state = self._begun(holding.lease, entry.state)
 
     def _begun(self, lease: Lease, last: State | None) -> State:
         now = self.mesh.wall()
@@ -95,12 +96,12 @@ class Work:
     @property
     def is_coordinator(self) -> bool:
         """See `Context.is_coordinator`."""
-        return self._own is not None
+        return self._holding is not None
 
     @property
     def lease(self) -> Lease:
         """See `Context.lease`."""
-        lease = self._own or self._entry.lease
+        lease = self._entry.lease if self._holding is None else self._holding.lease
         if lease is None:
             raise LocalProtocolError("nobody coordinates this job yet")
         return lease
@@ -198,8 +199,11 @@ class Work:
     async def publish(self) -> None:
         """Write the state, and tell a majority of electors, as far as they can be reached.
 
-        Raises `LimitExceeded` where it finds no room in this node's document.
+        Raises `LimitExceeded` where it finds no room in this node's document, and `Refused` (stale-epoch) once
+        the lease is over: what is written then could be taken for the end of a job that goes on elsewhere.
         """
+        if self._holding is None or not self._holding.is_held:
+            raise Refused(f"the lease of job {self._job.id[:8]} is over here", reason="stale-epoch")
         encoded = self._encoded()
         await self._tools.desk.say_now({self._key: encoded})
         self._tools.take(Fact(self.mesh.peer_id, self._key, encoded))

@@ -14,6 +14,8 @@ from mycel.node.jobs.runner import JobFailed
 from mycel.node.jobs.service import ArtefactUnknown, JobUnknown
 from mycel.node.jobs.spec import Body, Envelope, encode_body, id_of, signed_bytes
 from mycel.node.jobs.submit import choose_electors, packed
+from mycel.node.jobs.voting import ASK, HOLD, NOTE, Ask, Hold, Note
+from mycel.node.jobs.work import Work
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, Refused, RemoteProtocolError, UsageProblem
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS
@@ -318,3 +320,50 @@ async def test_electors_are_an_odd_number_of_those_who_have_been_there_longest(
         electors = choose_electors(alone.mesh, is_member=True)
         since = [alone.mesh.peers[peer].since for peer in electors]
         assert (len(electors), since) == (5, sorted(since))
+
+
+def job_of(node, job):
+    return node.jobs.book.get(job).job
+
+
+def holding_of(node, job):
+    return node.jobs._attended[job].holding
+
+
+async def test_words_of_an_epoch_that_is_over_are_refused_by_electors(
+    swarm, autojump_clock, counting, generate_spec
+):
+    async with swarm(counting) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[2].jobs.submit(generate_spec, PROMPTS)).id
+        await s.until(lambda: nodes[2].view(job).step >= 3)
+        first = s.coordinator(job)
+        state = first.jobs.book.get(job).state
+        elector, other = (node for node in nodes if node is not first)
+        note = Note(job, msgspec.msgpack.encode(msgspec.structs.replace(state, number=10**6)))
+        hold = Hold(state.lease, "checkpoint", [])
+
+        async def tell(method, ask, by=first):
+            try:
+                await by.rpc.call(elector.peer, method, ask, deadline_s=5)
+            except Refused as refused:
+                return refused.reason
+            return "done"
+
+        assert [await tell(NOTE, note), await tell(HOLD, hold)] == ["done", "done"]
+        assert await tell(HOLD, hold, other) == "unproven"
+        assert await tell(NOTE, note, other) == "unproven"
+        work = Work(first.jobs._tools, first.jobs.book.get(job), job_of(first, job), holding_of(first, job))
+        s.world.silence(first.mesh)
+        await s.until(lambda: s.coordinator(job) is other or s.coordinator(job) is elector)
+        await s.until(lambda: elector.view(job).epoch > state.lease.epoch)
+        with pytest.raises(Refused, match="lease .* is over"):
+            await work.publish()
+        s.world.unsilence(first.mesh)
+        await s.until(lambda: elector.peer in first.mesh.peers)
+        assert [await tell(NOTE, note), await tell(HOLD, hold)] == ["stale-epoch", "stale-epoch"]
+        assert await ended(s, first, job) == "done"
+        assert await tell(HOLD, hold) == "ended"
+        with pytest.raises(Refused) as refused:
+            await first.rpc.call(elector.peer, ASK, Ask("f" * 32, 1), deadline_s=5)
+        assert refused.value.reason == "unknown-job"
