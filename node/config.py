@@ -139,6 +139,11 @@ class Config:
     """Cores for torch. 0: all that this process may use. Share them out when several nodes run on one
     machine, or they will slow each other down."""
 
+    probe: str = "auto"
+    """Whether this machine is measured: products and memory of its devices, and its line, by a few megabytes
+    to and from two members an hour. auto: some time after the start, unless only this machine can reach the
+    node; on: at once; off: never."""
+
     relay_reservations_max: int = DEFAULT_RELAY_LIMITS.reservations
     """Where this node relays: peers that may be reached through it. Strangers together get a quarter of this
     and of all that follows."""
@@ -229,7 +234,12 @@ class Config:
         _check(self.redial_s <= self.redial_max_s, "redial_max_s", self.redial_max_s, "at least redial_s")
         _check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, "device", self.device,
                "cpu, cuda, cuda:N or auto")  # fmt: skip
-        for name, allowed in (("dtype", DTYPES), ("log", LOG_LEVELS), ("relay", RELAY_CHOICES)):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("log", LOG_LEVELS),
+            ("relay", RELAY_CHOICES),
+            ("probe", RELAY_CHOICES),
+        ):
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         return self
 

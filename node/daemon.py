@@ -45,6 +45,7 @@ from mycel.dht.board import PushBoard
 from mycel.dht.doc.store import DocumentStore, VolatileStore
 from mycel.node.assign import Assigner
 from mycel.node.blocks import Blocks, OpenStore
+from mycel.node.capacity import Capacity
 from mycel.node.catalog import Catalog
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
@@ -139,6 +140,7 @@ async def run(
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
     node.together = Together(host, rpc, papers.open_lanes)
     node.jobs = open_jobs(node, papers.memory)
+    node.capacity = Capacity(node, papers.memory)
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)

@@ -15,6 +15,7 @@ from mycel.compute.infer.request import ModelStatus, Report
 from mycel.compute.infer.serve import StageServer
 from mycel.dht.doc.sync import Documents
 from mycel.node.blocks import Blocks
+from mycel.node.capacity import Capacity
 from mycel.node.catalog import Catalog, Progress
 from mycel.node.config import Config
 from mycel.node.contacts import Contacts
@@ -97,6 +98,8 @@ class Node:
     together: Together = field(init=False)
     jobs: Jobs = field(init=False)
     """Set by the daemon before anything runs."""
+    capacity: Capacity = field(init=False)
+    """What this machine and others were measured to do; likewise."""
     _reports: deque[Report] = field(default_factory=lambda: deque(maxlen=REPORTS_MAX))
 
     def __post_init__(self) -> None:
@@ -182,6 +185,7 @@ class Node:
             stages=tuple(self.lender.views()),
             models=tuple(status.card.name for status in self.generator.models() if status.complete),
             trouble=tuple(TroubleView(one.peer, one.addrs, one.trouble) for one in self.contacts.troubled()),
+            capacity=self.capacity.view_of(self.host.peer_id),
         )
 
     def peers(self) -> list[PeerView]:
@@ -227,6 +231,7 @@ class Node:
                 for holder in status.holders
                 if holder.peer == info.peer
             ),
+            capacity=self.capacity.view_of(info.peer),
         )
 
     def _model_view(self, status: ModelStatus) -> ModelView:

@@ -23,6 +23,7 @@ import msgspec
 import trio
 from multiaddr import Multiaddr
 
+from mycel.compute.capacity import measure
 from mycel.compute.device import plan_budget, probe_machine
 from mycel.compute.process import WorkerOptions
 from mycel.compute.worker import start_worker
@@ -105,6 +106,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
             )
             await nursery.start(serve_web, node, memory)
             await _start_neighbourly(node, nursery)
+            nursery.start_soon(node.capacity.run, partial(measure, options.environment))
             watcher.on_up(node)
             nursery.start_soon(_heed_signals, node, nursery.cancel_scope)
             if ticket is not None:

@@ -71,6 +71,32 @@ class ReachView(msgspec.Struct, frozen=True):
     indirect: tuple[IndirectView, ...]
 
 
+class DeviceView(msgspec.Struct, frozen=True):
+    """What one device was measured to do; 0 where that is not to be had."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    fp32_gflops: float
+    bf16_gflops: float
+    read_gb_s: float
+    memory_free_bytes: int | None = None
+    """Of this machine only."""
+
+
+class CapacityView(msgspec.Struct, frozen=True):
+    """What a machine was measured to do."""
+
+    cores: int
+    lends_bytes: int
+    """Memory for weights that it lends."""
+    devices: tuple[DeviceView, ...]
+    up_bytes_per_s: float | None
+    down_bytes_per_s: float | None
+    measured: float
+    """When, seconds since 1970."""
+
+
 class StatusView(msgspec.Struct, frozen=True):
     """This node."""
 
@@ -94,6 +120,8 @@ class StatusView(msgspec.Struct, frozen=True):
     models: tuple[str, ...]
     """Names of models that the swarm can run now."""
     trouble: tuple[TroubleView, ...]
+    capacity: CapacityView | None = None
+    """None before it was measured."""
 
 
 class PeerView(msgspec.Struct, frozen=True):
@@ -112,6 +140,8 @@ class PeerView(msgspec.Struct, frozen=True):
     """MODEL@i:j of each stage it says it holds."""
     seen: float = 0.0
     """Of a member that is away: when it was last heard of, seconds since 1970."""
+    capacity: CapacityView | None = None
+    """As it states it."""
 
 
 class HolderView(msgspec.Struct, frozen=True):

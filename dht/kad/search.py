@@ -123,5 +123,5 @@ class Search:
         until = self._go_on()
         if until == float("-inf"):
             self._over.set()
-        else:
+        elif until != self._scope.deadline:
             self._scope.deadline = until

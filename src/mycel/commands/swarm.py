@@ -69,6 +69,7 @@ def status(home: Path | None, as_json: bool) -> None:
         ("api", told["api"]),
         ("peers", f"{told['peers']} members, {told['strangers']} strangers connected"),
         ("models", ", ".join(told["models"]) or "none that could run now"),
+        *_capacity_rows(told["capacity"]),
     ]
     for stage in told["stages"]:
         rows += _stage_rows(stage)
@@ -92,6 +93,44 @@ def _reach_rows(reach: dict[str, Any]) -> list[tuple[str, str]]:
         )
     rows += [("indirect", f"{one['label']}, over a relay: {one['why']}") for one in reach["indirect"]]
     return rows
+
+
+def _capacity_rows(capacity: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if capacity is None:
+        return [("machine", "not measured yet")]
+    rows = []
+    for one in capacity["devices"]:
+        free = one["memory_free_bytes"]
+        memory = "" if free is None else f"{free / 1e9:.1f} of "
+        rows.append(
+            (
+                "machine" if not rows else "",
+                f"{one['device']}  {one['name']}: {memory}{one['memory_bytes'] / 1e9:.1f} GB"
+                f"{' free' if memory else ''}, fp32 {one['fp32_gflops']:.0f}, bf16 {one['bf16_gflops']:.0f} "
+                f"GFLOP/s, memory read at {one['read_gb_s']:.0f} GB/s",
+            )
+        )
+    if capacity["up_bytes_per_s"] is not None:
+        rows.append(("line", f"{_line(capacity)} Mbit/s up and down"))
+    return rows
+
+
+def _line(capacity: dict[str, Any]) -> str:
+    return "/".join(f"{capacity[way] * 8 / 1e6:.3g}" for way in ("up_bytes_per_s", "down_bytes_per_s"))
+
+
+def _capacity_text(capacity: dict[str, Any] | None) -> str:
+    """A machine in a few words: its best device, and its line."""
+    if capacity is None:
+        return ""
+    words = []
+    if capacity["devices"]:
+        best = max(capacity["devices"], key=lambda one: max(one["fp32_gflops"], one["bf16_gflops"]))
+        speed = max(best["fp32_gflops"], best["bf16_gflops"])
+        words.append(f"{best['device']} {best['memory_bytes'] / 1e9:.0f} GB {speed:.0f} GFLOP/s")
+    if capacity["up_bytes_per_s"] is not None:
+        words.append(f"{_line(capacity)} Mbit/s")
+    return ", ".join(words)
 
 
 def _stage_rows(stage: dict[str, Any]) -> list[tuple[str, str]]:
@@ -138,11 +177,12 @@ def _print_connected(told: Sequence[dict[str, Any]]) -> None:
             f"{one['rtt_ms']:.1f} ms" if one["rtt_ms"] is not None else "",
             one["path"],
             one["addr"],
+            _capacity_text(one["capacity"]),
             " ".join(one["serves"]),
         )
         for one in told
     ]
-    print_table(("label", "peer", "role", "rtt", "path", "address", "serves"), rows)
+    print_table(("label", "peer", "role", "rtt", "path", "address", "measured", "serves"), rows)
     if not rows:
         click.echo("nobody yet; `mycel ticket` prints what lets another machine in", err=True)
 
