@@ -1,8 +1,10 @@
 """All-reduce over lanes against gloo (torch.distributed), in one run: averages of float32 on loopback.
 
-    SIZE.N.encrypted   gloo's seconds / Mycel's, SIZE of data, N processes, AES-128-GCM (the default)
-    SIZE.N.int8        the same, quantized to 8 bits in blocks of 512
-    SIZE.N.plain       the same as items, without encryption
+    SIZE.N.encrypted   gloo's seconds / Mycel's, SIZE of data, N processes, AES-128-GCM (the default); the
+                       result goes into memory of its own, the input stays as it is
+    SIZE.N.in_place    the same, the result in the input's place, which is kept aside until all have voted
+    SIZE.N.int8        as encrypted, quantized to 8 bits in blocks of 512
+    SIZE.N.plain       as encrypted, without encryption
     SIZE.N.gloo_gb_s   what gloo made of it: gigabytes of the array per second
 
 Mycel's time includes the vote after which a result stands, and keeping every input until then; gloo has
@@ -25,7 +27,7 @@ from typing import Any
 import trio
 from measure import compare, report
 
-WAYS = ("gloo", "encrypted", "int8", "plain")
+WAYS = ("gloo", "encrypted", "in_place", "int8", "plain")
 SIZES_MIB = (4, 64, 256)
 MEMBERS = (2, 4)
 ROUNDS = {4: 15, 64: 7, 256: 3}

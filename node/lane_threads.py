@@ -25,8 +25,11 @@ from mycel.protocol.mesh import PeerId
 
 log = logging.getLogger("mycel.lanes")
 
-SLICE_BYTES = 256 * 1024
-"""Bytes read at once: how finely it shows that a lane moves."""
+SLICE_BYTES = 128 * 1024
+"""Bytes read at once from afar: how finely it shows that a lane moves. From nearby a whole chunk is."""
+NEAR_BUFFER_BYTES = 256 * 1024
+"""The kernel's buffers of a lane to nearby, where a round trip needs no more: what is written there is still
+in a cache when it is read. Afar the kernel sizes them itself."""
 SENT_MAX = 4096
 """Parcels kept to be sent again before those of closed gates are looked for."""
 BURST_S = 0.05
@@ -183,6 +186,8 @@ class LaneReceiver:
         peer: PeerId,
         taker: Taker,
         on_end: Callable[[LaneReceiver], None],
+        *,
+        is_near: bool,
     ) -> None:
         """`on_end` is called once, in the thread, when the lane is gone; it closes `sock`."""
         self.sock = sock
@@ -190,6 +195,7 @@ class LaneReceiver:
         self._peer = peer
         self._taker = taker
         self._on_end = on_end
+        self._slice = BODY_BYTES_MAX + TAG_BYTES if is_near else SLICE_BYTES
         self._buffer = bytearray(SLICE_BYTES)
         self.moved = 0
         """Bytes that came so far."""
@@ -243,7 +249,7 @@ class LaneReceiver:
         view = memoryview(self._buffer)[:count]
         at = 0
         while at < count:
-            most = min(SLICE_BYTES, count - at)
+            most = min(self._slice, count - at)
             got = self.sock.recv_into(view[at : at + most], most, socket.MSG_WAITALL)
             if not got:
                 raise RemoteProtocolError("the lane ended within a body")

@@ -25,7 +25,7 @@ import trio
 from mycel.compute.collective.streams import StreamLanes
 from mycel.node.lane_desk import LaneDesk
 from mycel.node.lane_setup import LANES_MAX
-from mycel.node.lane_threads import Cap, LaneReceiver, LaneSender, Waiting
+from mycel.node.lane_threads import NEAR_BUFFER_BYTES, Cap, LaneReceiver, LaneSender, Waiting
 from mycel.node.lane_wire import Opener, Sealer
 from mycel.protocol.errors import MycelError
 from mycel.protocol.lane import Head, Parcel, Taker
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from trio._core._run import TaskStatus
 
 log = logging.getLogger("mycel.lanes")
+
+NEAR_S = 0.001
+"""A round trip shorter than this is one within a machine or a room."""
 
 Encryption = Literal["aes-128-gcm", "none"]
 
@@ -166,11 +169,17 @@ class SocketLanes:
         if pair is None or self._nursery is None:
             sock.close()
             return
+        if self._is_near(peer):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_BUFFER_BYTES)
         on_end = partial(self._in_trio_ended, self._sender_ended, peer, pair)
         sender = LaneSender(sock, Sealer(key), pair.waiting, self._cap, on_end)
         pair.senders.append(sender)
         sender.start()
         self._nursery.start_soon(self._watch_far_end, sender)
+
+    def _is_near(self, peer: PeerId) -> bool:
+        rtt = self._mesh.rtt(peer)
+        return rtt is not None and rtt < NEAR_S
 
     async def _watch_far_end(self, sender: LaneSender) -> None:
         """Nothing is said in the other direction of a lane: what shows there is its end."""
@@ -197,8 +206,11 @@ class SocketLanes:
         if self._taker is None or self._nursery is None or len(lanes) >= LANES_MAX:
             sock.close()
             return
+        is_near = self._is_near(peer)
+        if is_near:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER_BYTES)
         on_end = partial(self._in_trio_ended, self._receiver_ended, peer)
-        receiver = LaneReceiver(sock, Opener(key), peer, self._taker, on_end)
+        receiver = LaneReceiver(sock, Opener(key), peer, self._taker, on_end, is_near=is_near)
         lanes.append(receiver)
         receiver.start()
 

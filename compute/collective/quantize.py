@@ -29,8 +29,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-STRETCH = 1 << 15
-"""Items worked on at a time: 128 KiB of float32, so that source, scratch and codes fit in a core's cache."""
+STRETCH = 1 << 16
+"""Items worked on at a time: 256 KiB of float32, so that source, scratch and codes fit in a core's cache, and
+yet so many that threads do not hand Python's lock to each other all the time."""
 
 BLOCKS = (256, 512, 1024)
 INFINITE = 0x7F800000
@@ -106,7 +107,7 @@ class BlockCodec:
                 np.add(out[begin:end], add[begin:end], out=out[begin:end])
 
     def _stretches(self, items: int) -> Iterator[tuple[int, int, int]]:
-        """(begin, end, items of a block) of what is worked on at a time: whole blocks, at last a short one."""
+        """(begin, end, items of a block) of what is worked on at a time: whole blocks, then a short one."""
         full = items - items % self.block
         for begin in range(0, full, STRETCH):
             yield begin, min(full, begin + STRETCH), self.block
