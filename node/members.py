@@ -209,6 +209,7 @@ class Members:
                 connected_s=0.0,
                 serves=tuple(placed.get(author, ())),
                 seen=max(self._seen.get(author, 0.0), member.at),
+                capacity=self._node.capacity.view_of(author),
             )
             for author, member in sorted(self._away().items())
         ]
