@@ -49,7 +49,7 @@ class JobRoutes:
         }
 
     async def _jobs(self, body: bytes) -> object:
-        return self._node.jobs.views()
+        return await self._node.jobs.window.views()
 
     async def _submit(self, body: bytes) -> object:
         ask = decode(body, SubmitAsk)
@@ -60,20 +60,18 @@ class JobRoutes:
         return await self._node.jobs.submit(spec, {key: Path(path) for key, path in ask.files.items()})
 
     async def _view(self, body: bytes) -> object:
-        return self._node.jobs.view(decode(body, JobAsk).job)
+        return await self._node.jobs.window.view(decode(body, JobAsk).job)
 
     async def _stop(self, body: bytes) -> object:
         return await self._node.jobs.stop(decode(body, JobAsk).job)
 
     async def _logs(self, body: bytes) -> AsyncGenerator[bytes, None]:
-        ask = decode(body, LogsAsk)
-        async with aclosing(self._node.jobs.lines(ask.job, follow=ask.follow)) as lines:
+        async with aclosing(self._node.jobs.window.lines(decode(body, LogsAsk))) as lines:
             async for line in lines:
                 yield msgspec.json.encode(line) + b"\n"
 
     async def _content(self, body: bytes) -> AsyncGenerator[bytes, None]:
-        ask = decode(body, ContentAsk)
-        async with aclosing(self._node.jobs.content(ask.job, ask.name)) as pieces:
+        async with aclosing(self._node.jobs.window.content(decode(body, ContentAsk))) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -55,6 +55,9 @@ def families(node: Node) -> Iterator[Family]:
     yield _by("protocol", "mycel_handler_errors_total", "Handlers that raised.", host.handler_errors)
     yield _by("method", "mycel_calls_total", "Calls let in.", node.rpc.calls)
     yield _by("reason", "mycel_calls_refused_total", "Calls not let in.", node.rpc.refused)
+    phases = {_labels(phase=phase): float(count) for phase, count in node.jobs.phases.items()}
+    yield Family("mycel_jobs", "gauge", "Jobs that are known.", phases)
+    yield _by("reason", "mycel_jobs_refused_total", "Words about jobs not taken.", node.jobs.book.refused)
     reach = node.reach
     verdicts = {_labels(verdict=kind.value): float(kind is reach.verdict.kind) for kind in Kind}
     yield Family("mycel_reach", "gauge", "What this node is to others: 1 at the verdict.", verdicts)
@@ -63,6 +66,9 @@ def families(node: Node) -> Iterator[Family]:
     yield _gauge("mycel_relay_circuits", "Connections that go through this node.", reach.relay.circuits)
     yield _counter("mycel_relay_bytes_total", "Bytes relayed for others.", reach.relay.forwarded)
     yield _counter("mycel_upgrades_total", "Relayed connections that became direct.", reach.upgrade.upgraded)
+    sheets = node.board.sheets
+    yield _gauge("mycel_hearsay_authors", "Members known through others only.", len(sheets.known))
+    yield _by("reason", "mycel_hearsay_refused_total", "Sheets of facts not taken.", sheets.refused)
     library = node.documents.library
     yield _gauge("mycel_documents", "Authors whose documents are here.", len(library.authors))
     yield _gauge("mycel_document_bytes", "Bytes of all documents here.", library.size)

@@ -168,3 +168,8 @@ class Runners:
     def get(self, kind: str) -> Runner | None:
         """The runner of that kind, None where this node cannot run such jobs."""
         return self._by_kind.get(kind)
+
+    @property
+    def kinds(self) -> str:
+        """What there are runners of, for people."""
+        return ", ".join(sorted(self._by_kind))

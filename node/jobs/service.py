@@ -34,6 +34,7 @@ from mycel.node.jobs.spec import Job, JobInvalid, id_of
 from mycel.node.jobs.submit import Draft, Files, choose_electors, make_job, make_stop, packed
 from mycel.node.jobs.views import JobsView, JobView, LogLine, job_view, jobs_view
 from mycel.node.jobs.voting import HALT, OFFER, Halt, Offer, Voting
+from mycel.node.jobs.window import Window
 from mycel.node.jobs.work import Tools
 from mycel.node.memory import Memory
 from mycel.protocol.board import Fact
@@ -90,6 +91,7 @@ class Jobs:
         self.gate = Gate(self.book, place.mesh.verify)
         services = Services(place.mesh, place.rpc, place.documents, self.gate, place.takes_part)
         self.runners = Runners([make(services) for make in makers])
+        self.window = Window(self, place)
         self._tools: Tools | None = None
         self._opened = trio.Event()
         self._is_leaving = False
@@ -142,6 +144,8 @@ class Jobs:
         tools = await self._ready()
         place = self._place
         runner = self.runners.get(spec.KIND)
+        if runner is None:
+            raise JobInvalid(f"kind = {spec.KIND!r}: this version runs jobs of {self.runners.kinds}")
         if isinstance(runner, Checker):
             await runner.check(spec, files)
         is_member = place.own_access() >= Access.MEMBER
@@ -179,6 +183,14 @@ class Jobs:
     def views(self) -> JobsView:
         """All jobs, and what was refused."""
         return jobs_view(self.book, self._place.label)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """How many jobs are in which phase."""
+        counts: dict[str, int] = {}
+        for job in self.views().jobs:
+            counts[job.phase] = counts.get(job.phase, 0) + 1
+        return counts
 
     def view(self, name: str) -> JobView:
         """One job. Raises `JobUnknown`."""

@@ -199,7 +199,7 @@ class Work:
     async def publish(self) -> None:
         """Write the state, and tell a majority of electors, as far as they can be reached.
 
-        Raises `LimitExceeded` where it finds no room in this node's document, and `Refused` (stale-epoch) once
+        Raises `LimitExceeded` where it finds no room in this node's document, `Refused` (stale-epoch) once
         the lease is over: what is written then could be taken for the end of a job that goes on elsewhere.
         """
         if self._holding is None or not self._holding.is_held:

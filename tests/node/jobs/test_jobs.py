@@ -14,10 +14,11 @@ from mycel.node.jobs.runner import JobFailed
 from mycel.node.jobs.service import ArtefactUnknown, JobUnknown
 from mycel.node.jobs.spec import Body, Envelope, encode_body, id_of, signed_bytes
 from mycel.node.jobs.submit import choose_electors, packed
+from mycel.node.jobs.views import ContentAsk, LogsAsk
 from mycel.node.jobs.voting import ASK, HOLD, NOTE, Ask, Hold, Note
 from mycel.node.jobs.work import Work
 from mycel.protocol.board import Fact
-from mycel.protocol.errors import ConnectionLost, Refused, RemoteProtocolError, UsageProblem
+from mycel.protocol.errors import ConnectionLost, Refused, RemoteError, RemoteProtocolError, UsageProblem
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS
 from mycel.protocol.mesh import Access
 
@@ -242,6 +243,26 @@ async def test_whoever_may_only_submit_hands_a_job_to_members_and_may_leave(
         assert await ended(s, nodes[1], job) == "done"
 
 
+async def test_whoever_may_only_submit_sees_its_own_jobs_through_a_member(
+    swarm, autojump_clock, counting, generate_spec
+):
+    async with swarm(counting) as s:
+        nodes = await s.grow(3)
+        (asker,) = await s.grow(1, access=Access.SUBMIT)
+        window = asker.jobs.window
+        await nodes[0].jobs.submit(msgspec.structs.replace(generate_spec, name="theirs"), PROMPTS)
+        job = (await asker.jobs.submit(generate_spec, PROMPTS)).id
+        lines = [line.text async for line in window.lines(LogsAsk("night", follow=True))]
+        assert [lines[0], lines[-1]] == ["n0 coordinates, epoch 1", "done"]
+        assert [one.id for one in (await window.views()).jobs] == [job]
+        assert (await window.view("night")).phase == "done"
+        content = b"".join([piece async for piece in window.content(ContentAsk("night", "numbers.txt"))])
+        assert content == await nodes[1].result(job, "numbers.txt")
+        with pytest.raises(RemoteError, match="no job 'theirs' of yours"):
+            [piece async for piece in window.content(ContentAsk("theirs", "numbers.txt"))]
+        assert await nodes[2].jobs.window.views() == nodes[2].jobs.views()
+
+
 async def test_a_node_that_leaves_gives_its_lease_back_at_once(
     swarm, autojump_clock, counting, generate_spec
 ):
@@ -357,7 +378,7 @@ async def test_words_of_an_epoch_that_is_over_are_refused_by_electors(
         s.world.silence(first.mesh)
         await s.until(lambda: s.coordinator(job) is other or s.coordinator(job) is elector)
         await s.until(lambda: elector.view(job).epoch > state.lease.epoch)
-        with pytest.raises(Refused, match="lease .* is over"):
+        with pytest.raises(Refused, match=r"lease .* is over"):
             await work.publish()
         s.world.unsilence(first.mesh)
         await s.until(lambda: elector.peer in first.mesh.peers)
