@@ -24,7 +24,7 @@ import trio
 
 from mycel.compute.fingerprint import fingerprint_of
 from mycel.dht.block.add import add_model
-from mycel.dht.block.manifest import EDGE, MODEL_PIN, encode, pin_name
+from mycel.dht.block.manifest import EDGE, MODEL_PIN, check_model_name, encode, pin_name
 from mycel.dht.block.model import Model, Sources, fetch_manifest, fetch_model, lay_out, read_model
 from mycel.dht.block.safetensor import find_files
 from mycel.node.blocks import Blocks
@@ -40,6 +40,9 @@ ROOT_KEY = "model-root/"
 """Board: what the author keeps of the model whose root follows."""
 ROOTS_MAX = 64
 """Models that a node announces while it runs: an author has room for 256 facts of all kinds."""
+
+SEEK_S = 2.0
+"""How long a model that nobody announced yet is waited for before it is looked for elsewhere."""
 
 Progress = Callable[[str, int, int], None]
 """What is done ("hashing", "copying", "fetching"), how much of it is done, and how much there is."""
@@ -126,6 +129,21 @@ class Catalog:
             told = ", ".join(sorted(cid_text(root) for root in roots))
             raise UsageProblem(f"several models go by the name {text}: say which by its root ({told})")
         return roots[0] if roots else None
+
+    async def seek(self, text: str) -> Cid | None:
+        """As `find`, with time for members to tell of it: a node that just came knows of none yet."""
+        await self.looked.wait()
+        try:
+            check_model_name(text)
+        except RemoteProtocolError:
+            return None
+        async with self._board.watch(ROOT_KEY) as changes:
+            root = self.find(text)
+            with trio.move_on_after(SEEK_S):
+                while root is None:
+                    await changes.__anext__()
+                    root = self.find(text)
+        return root
 
     def find_same(self, fingerprint: str) -> Cid | None:
         """The model with this fingerprint, under the root that most announce; None where nobody does, or

@@ -110,8 +110,7 @@ class Lender:
         place = self._place(model)
         if place is not None:
             return await self.lend(Lent(model, place, span, note=note))
-        await self.catalog.looked.wait()
-        root = self.catalog.find(model)
+        root = await self.catalog.seek(model)
         try:
             return await self.lend(Lent(model, model, span, root, note))
         except FileNotFoundError as error:

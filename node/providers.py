@@ -16,7 +16,7 @@ import trio
 from mycel.dht.kad.table import Contact
 from mycel.node.discovery import Discovery
 from mycel.protocol.cid import Cid, cid_text
-from mycel.protocol.errors import LimitExceeded, MycelError
+from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError
 from mycel.protocol.mesh import Mesh, PeerId
 
 log = logging.getLogger("mycel.node")
@@ -53,6 +53,8 @@ class Providers:
                 continue
             try:
                 count = await self._discovery.kad.provide(root)
+            except LocalProtocolError:  # Kademlia ended a moment before this service: the node is ending
+                return
             except LimitExceeded as error:
                 log.warning("%s is not told of in Kademlia: %s", cid_text(root), error)
                 continue

@@ -99,8 +99,7 @@ async def test_a_newcomer_takes_the_swarms_layers_and_survivors_fetch_those_of_t
         a = await stack.enter_async_context(make_node("a"))
         root = await a.catalog.add(byte_model, "tiny")
         b = await stack.enter_async_context(make_node("b", ticket=ticket_of(a), stages=2, **settings))
-        await wait_until(lambda: b.catalog.find("tiny") == root)
-        await b.serve("tiny", (0, 2))
+        await b.serve("tiny", (0, 2))  # at once: it waits until `a` told of it
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
 
