@@ -38,7 +38,7 @@ class Endpoint:
         return self.kind.startswith("dns")
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=16384)
 def endpoint_of(addr: Multiaddr | str) -> Endpoint:
     """The TCP endpoint that `addr` names. Raises `AddressError` for any other kind of address."""
     try:
@@ -74,7 +74,7 @@ class Circuit:
     """Who is reached through it; None in the address that a relay's own listener shows."""
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def is_circuit(addr: Multiaddr | str) -> bool:
     """Whether `addr` leads through a relay."""
     return f"/{CIRCUIT}" in str(addr)
@@ -115,7 +115,7 @@ WEB_SUFFIXES = {"/tls/ws": True, "/wss": True, "/ws": False}
 """How an address ends at which WebSocket is spoken, the longest first, and whether TLS comes between."""
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def is_web(addr: Multiaddr | str) -> bool:
     """Whether WebSocket is spoken at `addr` itself."""
     return not is_circuit(addr) and _bare(addr).endswith(tuple(WEB_SUFFIXES))

@@ -42,6 +42,8 @@ class Deadlines:
     @property
     def next_at(self) -> float:
         """When the alarm must ring: no later than the earliest deadline of a waiter; else infinity."""
+        while self._heap and self._heap[0][2].is_settled:
+            heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else math.inf
 
     def add(self, when: float, number: int, waiter: Waiter) -> None:

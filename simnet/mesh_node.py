@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -89,9 +90,11 @@ class Dial:
         self._left = CONNECT_ROUND_TRIPS
         self._over = Park("a handshake")
         self._stands = False
+        self._until = math.inf
 
-    async def run(self) -> bool:
-        """Spend the round trips. False when either end died meanwhile."""
+    async def run(self, until: float) -> bool:
+        """Spend the round trips. False when either end died meanwhile, or at `until` (trio time)."""
+        self._until = until
         self._step()
         try:
             await self._over.wait()
@@ -102,18 +105,20 @@ class Dial:
     def _step(self) -> None:
         world = self._source.world
         if world.is_blocked(self._source.peer_id, self._target.peer_id):
-            world.timeline.after(RETRANSMIT_S, self._again)  # the deadline of the dial ends it
+            self._next(RETRANSMIT_S, self._step)
         else:
-            round_trip = 2 * world.latency(self._source.peer_id, self._target.peer_id)
-            world.timeline.after(round_trip, self._arrived)
+            self._next(2 * world.latency(self._source.peer_id, self._target.peer_id), self._arrived)
 
-    def _again(self) -> None:
+    def _next(self, seconds: float, act: Callable[[], None]) -> None:
+        at = trio.current_time() + seconds
+        in_time = at <= self._until
+        self._source.world.timeline.at(min(at, self._until), self._do, act if in_time else self._over.wake)
+
+    def _do(self, act: Callable[[], None]) -> None:
         if self._left:
-            self._step()
+            act()
 
     def _arrived(self) -> None:
-        if not self._left:
-            return
         self._left -= 1
         alive = self._source.is_alive and self._target.is_alive
         if alive and self._left:
@@ -178,29 +183,30 @@ class SimMesh:
         """See `Mesh.connect`. Addresses are tried in order: here they differ in nothing but who is there."""
         seconds = self.world.options.dial_s if timeout is None else timeout
         failures: list[str] = []
-        with trio.move_on_after(seconds):
-            for addr in addrs:
-                expected = endpoint_of(addr).peer
-                if expected in self._peers:
-                    return expected
-                node = self.world.find(addr)
-                if node is None or (expected is not None and node.peer_id != expected):
-                    await trio.sleep(2 * self.world.options.latency_s_min)
-                    failures.append(f"{addr}: connection refused")
-                    continue
-                if node.peer_id == self._peer_id:
-                    failures.append(f"{addr}: that is this node itself")
-                    continue
-                if await self._dial(node):
-                    return node.peer_id
+        until = trio.current_time() + seconds
+        for addr in addrs:
+            expected = endpoint_of(addr).peer
+            if expected in self._peers:
+                return expected
+            node = self.world.find(addr)
+            if node is None or (expected is not None and node.peer_id != expected):
+                await trio.sleep(min(2 * self.world.options.latency_s_min, until - trio.current_time()))
+                failures.append(f"{addr}: connection refused")
+            elif node.peer_id == self._peer_id:
+                failures.append(f"{addr}: that is this node itself")
+            elif await self._dial(node, until):
+                return node.peer_id
+            elif trio.current_time() < until:
                 failures.append(f"{addr}: connection reset")
+            if trio.current_time() >= until:
+                break
         if len(failures) < len(addrs):
             failures.append(f"{addrs[len(failures)]}: no answer within {seconds:g} s")
         raise DialError("; ".join(failures) or "no address to dial")
 
-    async def _dial(self, node: SimMesh) -> bool:
-        """Spend the handshake's round trips. False when the other end died meanwhile."""
-        if not await Dial(self, node).run():
+    async def _dial(self, node: SimMesh, until: float) -> bool:
+        """Spend the handshake's round trips. False when the other end died meanwhile, or time was up."""
+        if not await Dial(self, node).run(until):
             return False
         if node.peer_id not in self._peers:
             connect_ends(self, node)
@@ -226,7 +232,6 @@ class SimMesh:
         if protocol in self._handlers:
             raise LocalProtocolError(f"{protocol} is served already; a protocol has one handler")
         self._handlers[protocol] = (handler, access)
-        self._protocols = tuple(self._handlers)
         self._tell_protocols()
 
     def stop_serving(self, protocol: str) -> None:
@@ -236,6 +241,7 @@ class SimMesh:
             self._tell_protocols()
 
     def _tell_protocols(self) -> None:
+        self._protocols = tuple(self._handlers)
         for end in self._ends.values():
             end.tell_protocols(self.protocols)
 

@@ -233,7 +233,7 @@ class Table:
         return bucket
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def group_of(host: str) -> str:
     """The network a public address belongs to (/24, /48); "" for one that is not public, or none."""
     try:
