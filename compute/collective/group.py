@@ -335,9 +335,6 @@ class Membership:
         self._calls.clear()
         self._out.append(Left(why))
 
-    def _newcomers(self, now: float, members: list[PeerId]) -> list[Member]:
-        return self._door.newcomers(now, members)
-
     def _admit(self, now: float, inside: _Inside) -> None:
         """Let newcomers in, where this node comes first and the moment is right."""
         wants = inside.succession.rank() == 0 and bool(self._door.newcomers(now, inside.succession.here))
@@ -358,7 +355,7 @@ class Membership:
             inside.succession.want(now, "the members' votes differ")
         if inside.succession.is_calm:
             self._admit(now, inside)
-        inside.succession.go_on(now, self._newcomers, admits=self._policy.admits == "whenever")
+        inside.succession.go_on(now, self._door.newcomers, admits=self._policy.admits == "whenever")
         self._collect()
         settled = inside.succession.settled
         if settled is not None and self._inside is inside:

@@ -30,6 +30,8 @@ class Outcome:
     """The epoch in which it was done: another one than the last time means that members came or went."""
     attempts: int
     """How often bytes were moved for it; more than one where somebody died."""
+    name: str = ""
+    """What the operation is called on all members: its epoch's lineage, its tag and its number."""
 
 
 @dataclass(slots=True)

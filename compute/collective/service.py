@@ -102,12 +102,11 @@ class Group:
         finally:
             self._nursery = None
             self._rpc.stop_serving(self._tell)
+            self._core.leave()
             with trio.move_on_after(self._limits.grace_s, shield=True):
-                self._core.leave()
                 async with trio.open_nursery() as farewell:
-                    self._nursery = farewell
-                    self._act()
-            self._nursery = None
+                    for peer, bundle in self._obey():
+                        farewell.start_soon(self._post, peer, bundle)
 
     async def gather_members(self, count: int = 1) -> Epoch:
         """Wait until this node is in an epoch of at least `count` members."""
@@ -209,6 +208,13 @@ class Group:
     # What the membership wants done
 
     def _act(self) -> None:
+        for peer, bundle in self._obey():
+            if self._nursery is not None:
+                self._nursery.start_soon(self._post, peer, bundle)
+        self._poke.set()
+
+    def _obey(self) -> list[tuple[PeerId, Bundle]]:
+        """Do what is to be done; what is to be sent is left."""
         post: dict[PeerId, list[Message]] = {}
         while actions := self._core.take():
             for action in actions:
@@ -216,11 +222,7 @@ class Group:
                     post.setdefault(action.peer, []).append(action.message)
                 else:
                     self._do(action)
-        if self._nursery is not None:
-            for peer, messages in post.items():
-                if peer in self._mesh.peers:
-                    self._nursery.start_soon(self._post, peer, Bundle(tuple(messages)))
-        self._poke.set()
+        return [(peer, Bundle(tuple(post[peer]))) for peer in post if peer in self._mesh.peers]
 
     def _do(self, action: Action) -> None:
         match action:
@@ -263,7 +265,8 @@ class Group:
             if staged is not None:
                 staged.keep()
             attempt = settled.attempt
-            operation.outcome = Outcome(attempt.order, attempt.epoch, settled.attempts)
+            name = f"{attempt.lineage.hex()}/{attempt.tag}/{attempt.number}"
+            operation.outcome = Outcome(attempt.order, attempt.epoch, settled.attempts, name)
         else:
             if staged is not None:
                 staged.drop()
@@ -325,15 +328,18 @@ class Group:
     async def _keep_time(self) -> None:
         self._core.join(trio.current_time())
         self._act()
-        while True:
-            self._poke = trio.Event()
-            with trio.move_on_at(self._core.next_at):
-                await self._poke.wait()
-            now = trio.current_time()
-            if now >= self._core.next_at:
-                self._core.tick(now)
-                self._act()
-            await trio.lowlevel.checkpoint()
+        try:
+            while True:
+                self._poke = trio.Event()
+                with trio.move_on_at(self._core.next_at):
+                    await self._poke.wait()
+                now = trio.current_time()
+                if now >= self._core.next_at:
+                    self._core.tick(now)
+                    self._act()
+                await trio.lowlevel.checkpoint()
+        finally:
+            self._nursery = None  # it is about to close
 
     async def _watch_peers(self) -> None:
         known: dict[PeerId, None] = {}
