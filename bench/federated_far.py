@@ -125,7 +125,7 @@ async def be(role: str, name: str, place: str, *more: str) -> None:
         if role == "client":
             owner = Owner({DATA: Path(place)})
             client = FederatedClient(host, rpc, Named(more[0].split(",")), trainers, owner)
-            await nursery.start(client.run)
+            await nursery.start(client.attend, JOB, APP)
         say(addr=str(host.listen_addrs[0]), peer=host.peer_id)
         while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             asked = json.loads(line)

@@ -3,7 +3,8 @@
     python bench/run.py robustness          (make bench NAME=robustness) writes docs/robustness.md as well
 
 Digits by ten clients as in bench/federated.py, in one process, with the rules and the application that jobs
-use. The liars know what the honest ones send in the round and send, all three, the same:
+use, one step on eight examples a round. The liars know what the honest ones send in the round and send, all
+three, the same:
 
     sign flip   minus four times the honest mean
     gauss       normal noise, ten times as wide as the honest updates spread
@@ -29,7 +30,9 @@ from numpy.typing import NDArray
 from mycel.compute.train.strategy import DEFAULT_ROBUST, RULES, Strategy, combine_all, make_strategy
 
 CLIENTS, LIARS = 10, 3
-ROUNDS = 40
+ROUNDS = 300
+LOCAL = {"rate": 0.2, "momentum": 0.0, "batch": 8, "steps": 1}
+"""One step on eight examples a round: honest updates differ most then, and that is what liars hide in."""
 WORST = 0.88
 """What the default rule must not fall below."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "robustness.md"
@@ -69,7 +72,7 @@ def accuracy(paths: Sequence[Path], rule: str, attack: str, momentum: float, rou
         loop.number = number
         honest = []
         for n in range(LIARS, CLIENTS):
-            update, _ = loop.update(paths[n], f"client{n}")
+            update, _ = loop.update(paths[n], f"client{n}", **LOCAL)
             kept[n] = momentum * kept.get(n, update) + (1 - momentum) * update
             honest.append(kept[n].astype(np.float32))
         rows = [*ATTACKS[attack](np.stack(honest), rng), *honest]

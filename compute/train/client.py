@@ -3,7 +3,7 @@
 Whoever orders must show by what right (`Gate`), for a job that this node takes part in, with data that its
 owner offers under the name that the job asks for, and, where the application is the submitter's own, only if
 the owner trusts that submitter by name. Each of these has a refusal of its own: "unknown-job" and the like
-from the gate, "stale-epoch" for a coordinator that was replaced, "no-data", "untrusted", "busy".
+from the gate, "stale-epoch" for a coordinator that was replaced, "no-data", "untrusted", "not-ready", "busy".
 
 Work belongs to (job, round, model), not to the call that ordered it: it goes on when its coordinator dies,
 and its result is kept until there is a newer one. So a coordinator that takes over and orders the same round
@@ -27,8 +27,8 @@ import trio
 
 from mycel.compute.engine import EngineLost
 from mycel.compute.train.courier import Courier, Delivery, piece_of, pieces_of, receive_row
-from mycel.compute.train.orders import OFFER, ROUND, Claim, Down, Offered, Order, Report, Up
-from mycel.compute.train.trade import Setting, Source, WorkAsk, WorkDone
+from mycel.compute.train.orders import FIRST, OFFER, ROUND, Claim, Down, Offered, Order, Report, Up
+from mycel.compute.train.trade import Begun, Setting, Source, StartAsk, WorkAsk, WorkDone
 from mycel.compute.train.trainer import Trainers
 from mycel.protocol.errors import MycelError, Refused
 from mycel.protocol.limits_train import DEFAULT_FEDERATED_LIMITS, FederatedLimits
@@ -48,6 +48,7 @@ class Terms(msgspec.Struct, frozen=True):
     """The name under which owners offer the data."""
     settings: dict[str, Setting] = {}
     """The job's own; orders may add what its strategy says."""
+    seed: int = 0
 
 
 class Gate(Protocol):
@@ -81,12 +82,14 @@ class _Work:
 class _Part:
     """This node's part in one job."""
 
+    nursery: trio.Nursery
+    """Where its work is done, whoever ordered it."""
     epoch: int = 0
     work: _Work | None = None
 
 
 class FederatedClient:
-    """The service. `run` must be running while orders come."""
+    """The service. `attend` must be running for a job while orders of it come."""
 
     def __init__(
         self,
@@ -104,28 +107,41 @@ class FederatedClient:
         self._owner = owner
         self._limits = limits
         self._parts: dict[str, _Part] = {}
-        self._nursery: trio.Nursery | None = None
         rpc.serve(OFFER, self._offer)
+        rpc.serve(FIRST, self._first)
         rpc.serve(ROUND, self._round)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Work until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            try:
+    async def attend(
+        self, job: str, source: Source, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Take orders of a job until cancelled; then what was kept of it is let go. Raises `Refused` ("busy")
+        where this node has too many jobs."""
+        if len(self._parts) >= self._limits.jobs:
+            raise Refused(f"this node takes part in {len(self._parts)} jobs already", reason="busy")
+        try:
+            async with trio.open_nursery() as nursery:
+                self._parts[job] = _Part(nursery)
+                task_status.started()
                 await trio.sleep_forever()
-            finally:
-                self._nursery = None
-
-    async def forget(self, terms: Terms) -> None:
-        """The job is over: let go what was kept of it."""
-        self._parts.pop(terms.job, None)
-        await self._trainers.drop(terms.source)
+        finally:
+            self._parts.pop(job, None)
+            with trio.CancelScope(shield=True):
+                await self._trainers.drop(source)
 
     async def _offer(self, call: Call, claim: Claim) -> Offered:
         self._admit(call.peer, claim)
         work = self._parts[claim.job].work
         return Offered(work.key[0] if work is not None and work.result is not None else 0)
+
+    async def _first(self, call: Call, claim: Claim) -> Begun:
+        """The job's first model, the same wherever it is made."""
+        terms = self._admit(call.peer, claim)
+        try:
+            return await self._trainers.start_model(
+                terms.source, StartAsk(terms.source.name, terms.settings, terms.seed)
+            )
+        except (ValueError, EngineLost) as error:
+            raise Refused(self._short(error), reason="application") from error
 
     async def _round(self, call: Call, items: AsyncIterator[Down]) -> AsyncIterator[Up]:
         async with aclosing(cast(AsyncGenerator[Down, None], items)):
@@ -169,9 +185,7 @@ class FederatedClient:
         if terms.data not in self._owner.data:
             raise Refused(f"this node's owner offers no data named {terms.data!r}", reason="no-data")
         if part is None:
-            if len(self._parts) >= self._limits.jobs:
-                raise Refused(f"this node takes part in {len(self._parts)} jobs already", reason="busy")
-            part = self._parts[terms.job] = _Part()
+            raise Refused(f"this node has not begun with job {claim.job}", reason="not-ready")
         part.epoch = claim.epoch
         return terms
 
@@ -199,9 +213,7 @@ class FederatedClient:
                 work.done.set()
             raise
         if not known:
-            if self._nursery is None:
-                raise Refused("this node takes no orders just now", reason="busy")
-            self._nursery.start_soon(self._work, terms, order, model, work)
+            part.nursery.start_soon(self._work, terms, order, model, work)
         if order.branches:
             from mycel.compute.train.gather import gather_branches
 

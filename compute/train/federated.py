@@ -62,8 +62,8 @@ class Keep(Protocol):
     async def fetch(self, name: bytes) -> bytes:
         """What was kept under a name. Raises `MycelError` where it is gone."""
 
-    async def checkpoint(self, state: bytes) -> None:
-        """From here on `resume` gives this."""
+    async def checkpoint(self, state: bytes, names: Sequence[bytes]) -> None:
+        """From here on `resume` gives this. `names` are all that `state` refers to; others may go."""
 
     async def resume(self) -> bytes | None:
         """The last checkpoint, None where there is none."""
@@ -185,7 +185,8 @@ class Coordinator:
         if self._plan.strategy.state:
             state = await self._keep.keep(state_file(self._plan.strategy.state, self._layout))
         self._standing = msgspec.structs.replace(standing, model=model, state=state)
-        await self._keep.checkpoint(msgspec.msgpack.encode(self._standing))
+        names = [model, state] if state else [model]
+        await self._keep.checkpoint(msgspec.msgpack.encode(self._standing), names)
 
     async def _round(self) -> None:
         """One round, from its first order to its checkpoint. Raises `UnderQuorum`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -33,7 +34,7 @@ class FolderKeep:
         except OSError as error:
             raise UsageProblem(f"what was kept as {name.decode()} is gone: {error.strerror}") from error
 
-    async def checkpoint(self, state: bytes) -> None:
+    async def checkpoint(self, state: bytes, names: Sequence[bytes]) -> None:
         await trio.to_thread.run_sync(self._write, STANDING, state)
 
     async def resume(self) -> bytes | None:

@@ -1,6 +1,7 @@
 """What a coordinator and its clients say to each other: the messages of federated rounds.
 
-    train.offer   unary   may I order rounds of this job from you?          Offer -> Offered, or `Refused`
+    train.offer   unary   may I order rounds of this job from you?         Claim -> Offered, or `Refused`
+    train.first   unary   make the job's first model                        Claim -> Begun
     train.round   bidi    an order and the model go down, a report and the update come up
 
 A round's call begins with a `Down` that holds the order, followed by the model in pieces; when the work is
@@ -21,7 +22,7 @@ import math
 import msgspec
 
 from mycel.compute.train.layout import Layout
-from mycel.compute.train.trade import Setting
+from mycel.compute.train.trade import Begun, Setting
 from mycel.protocol.errors import Refused
 from mycel.protocol.limits_train import FederatedLimits
 from mycel.protocol.mesh import PeerId
@@ -155,4 +156,5 @@ class Up(msgspec.Struct, frozen=True):
 
 
 OFFER = Method("train.offer", Claim, Offered, idempotent=True)
+FIRST = Method("train.first", Claim, Begun)
 ROUND = Method("train.round", Down, Up, kind=Kind.BIDI)

@@ -80,9 +80,11 @@ class Pool:
         self._looked = True
 
     async def _ask_again(self, nursery: trio.Nursery) -> None:
+        pause = self._limits.ask_again_s / 32
         while True:
-            await trio.sleep(self._limits.ask_again_s)
+            await trio.sleep(pause)
             self._look(nursery)
+            pause = min(2 * pause, self._limits.ask_again_s)
 
     def _begin(self, nursery: trio.Nursery, peer: PeerId) -> None:
         if peer not in self._clients and peer not in self._asking:

@@ -120,45 +120,43 @@ def flag(rows: Rows, liars: int, *, steps: int = 20, pairs: float = 1.0) -> NDAr
 def flag_shares(products: Matrix, steps: int, pairs: float) -> Matrix:
     """Each row's coefficient in the Flag Aggregator's result."""
     count = len(products)
+    mean = np.full(count, 1.0 / count)
     lengths = np.sqrt(np.diag(products))
     bound = float(np.sort(lengths)[(count - 1) // 2])
     clip = np.minimum(1.0, bound / np.maximum(lengths, _TINY))
-    within = products * clip[:, None] * clip[None, :]
-    mean = np.full(count, 1.0 / count)
     if bound <= _TINY:
         return mean * clip
-    spread, weights = _columns(within, pairs)
-    found = np.ones(spread.shape[1])
-    size = min(count, (count + 2) // 2)
-    basis = np.zeros((count, 0))
+    values, vectors = np.linalg.eigh(products * clip[:, None] * clip[None, :])
+    is_there = values > 1e-12 * values[-1]
+    root = np.sqrt(values[is_there])[:, None] * vectors[:, is_there].T  # rows as columns of few coordinates
+    columns, weights = _columns(root, pairs)
+    found = np.ones(columns.shape[1])
+    size = min(len(root), (count + 2) // 2)
+    basis = np.eye(len(root))
     for _ in range(steps):
-        scaled = spread * np.sqrt(weights * found)
-        values, vectors = np.linalg.eigh(scaled.T @ within @ scaled)
-        kept = np.flatnonzero(values > _TINY * max(1.0, float(values[-1])))[-size:]
-        basis = scaled @ vectors[:, kept] / np.sqrt(values[kept])
-        inside = np.minimum(((basis.T @ within @ spread) ** 2).sum(axis=0), 1.0)
+        scaled = columns * np.sqrt(weights * found)
+        basis = np.linalg.eigh(scaled @ scaled.T)[1][:, -size:]
+        inside = np.minimum(((basis.T @ columns) ** 2).sum(axis=0), 1.0)
         fresh = 1.0 / np.sqrt(np.maximum(1.0 - inside, 1e-6))
         moved = float(np.abs(fresh - found).max() / fresh.max())
         found = fresh
         if moved < 1e-6:
             break
-    result: Matrix = (basis @ (basis.T @ within @ mean)) * clip
+    flat = basis @ (basis.T @ (root @ mean))
+    result: Matrix = (np.linalg.pinv(root) @ flat) * clip
     return result
 
 
-def _columns(within: Matrix, pairs: float) -> tuple[Matrix, Matrix]:
-    """Rows and their differences as unit vectors, in coefficients of the rows [K, columns], and weights."""
-    count = len(within)
+def _columns(root: Matrix, pairs: float) -> tuple[Matrix, Matrix]:
+    """Rows and their differences as unit vectors [coordinates, columns], and their weights."""
+    count = root.shape[1]
     firsts, seconds = np.triu_indices(count, 1)
-    differences = np.zeros((count, len(firsts)))
-    differences[firsts, np.arange(len(firsts))] = 1.0
-    differences[seconds, np.arange(len(firsts))] = -1.0
-    spread = np.concatenate([np.eye(count), differences], axis=1)
+    columns = np.concatenate([root, root[:, firsts] - root[:, seconds]], axis=1)
     share = pairs / max(1, count - 1)
     weights = np.concatenate([np.ones(count), np.full(len(firsts), share)])
-    lengths = np.sqrt(np.maximum(np.einsum("ij,ik,kj->j", spread, within, spread), 0.0))
-    is_there = lengths > 1e-9 * max(float(lengths.max()), _TINY)
-    return spread[:, is_there] / lengths[is_there], weights[is_there]
+    lengths = np.sqrt((columns**2).sum(axis=0))
+    is_there = lengths > 1e-9 * float(lengths.max())
+    return columns[:, is_there] / lengths[is_there], weights[is_there]
 
 
 def check_liars(count: int, liars: int) -> None:

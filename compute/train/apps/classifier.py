@@ -4,13 +4,15 @@ Data: an .npz file with `x` of shape [examples, features] (anything more is flat
 whole numbers from 0. With `x_test` and `y_test` in it, those judge; otherwise the training data do.
 
 Settings: `features` and `classes`; `hidden` ("128,64": the widths between; "" for none); `rate` 0.1,
-`momentum` 0.9, `batch` 32, `epochs` 1, `decay` 0 (weight decay), `scale` 1 (what x is multiplied by), and
-FedProx's `proximal_mu` 0. The start is He's (2015), from the job's seed.
+`momentum` 0.9, `batch` 32, `epochs` 1, `steps` 0 (at most so many; 0: whole epochs), `decay` 0 (weight
+decay), `scale` 1 (what x is multiplied by), and FedProx's `proximal_mu` 0. The start is He's (2015), from the
+job's seed.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,12 @@ def train(task: Task) -> Trained:
     rate, momentum = task.setting("rate", 0.1), task.setting("momentum", 0.9)
     decay, mu = task.setting("decay", 0.0), task.setting("proximal_mu", 0.0)
     batch, rng, loss, steps = max(1, int(task.setting("batch", 32))), task.rng, 0.0, 0
+    most = int(task.setting("steps", 0)) or math.inf
     for _ in range(int(task.setting("epochs", 1))):
         order = rng.permutation(len(x))
         for at in range(0, len(x), batch):
+            if steps == most:
+                break
             rows = order[at : at + batch]
             cost, slopes = gradient(layers, x[rows], y[rows])
             loss, steps = loss + cost, steps + 1

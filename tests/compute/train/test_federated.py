@@ -71,7 +71,7 @@ class Memory:
     async def fetch(self, name: bytes) -> bytes:
         return self.kept[name]
 
-    async def checkpoint(self, state: bytes) -> None:
+    async def checkpoint(self, state: bytes, names: Any) -> None:
         self.state = state
 
     async def resume(self) -> bytes | None:
@@ -129,7 +129,7 @@ class Clinic:
 
         trainers = Trainers(lambda: InlineTrainer(workshop, seconds))
         service = FederatedClient(mesh, rpc, self.doors, trainers, owner or Owner(DATA))
-        await self.nursery.start(service.run)
+        await self.nursery.start(service.attend, JOB, self.doors.source)
         return mesh
 
     async def coordinate(
