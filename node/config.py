@@ -109,6 +109,14 @@ class Config:
     """Work for jobs that others submit, as far as this machine can. Off, it still votes on who coordinates a
     job, and coordinates those that it is chosen for: neither costs anything to speak of."""
 
+    data: tuple[str, ...] = ()
+    """What federated jobs may train on here, each NAME=PATH: a file or folder, by the name that jobs ask for.
+    The data stay on this machine; what leaves it is what training makes of them."""
+
+    trust_submitters: tuple[str, ...] = ()
+    """Peer ids whose own code federated jobs may run here, in a process without this node's keys, but with
+    this user's rights. Applications that come with Mycel need no trust."""
+
     stages: int = 0
     """Over how many peers a model should be spread. 0: as few as hold it. More stages than needed cost a
     hop each per token; ask for them to keep each peer's share small."""
@@ -227,6 +235,8 @@ class Config:
         _check(0 <= port < 65536, "api", self.api, "HOST:PORT with a port below 65536")
         for item in self.serve:
             parse_model_layers(item)
+        for item in self.data:
+            _check(re.fullmatch(r"[^=\s]+=.+", item) is not None, "data", item, "NAME=PATH")
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         for name in _NOT_NEGATIVE:
