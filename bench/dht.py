@@ -5,8 +5,8 @@ The nodes run the daemon's own services over the light mesh of `mycel.simnet`. L
 the same ones anywhere. For each size: the nodes join, each through a random one, a quarter as many at a time
 as there are; records are put, read by others, and read again within the minute after a third of the nodes
 fell silent at once (`silent_third_success`, and `silent_third_p99_ratio`: its p99 over the calm one). After
-1000 nodes `churn_nodes` others come and go for two virtual hours with sessions of ten minutes (median), half of them
-ending in a crash, half in silence (`churn_success`).
+1000 nodes `churn_nodes` others come and go for two virtual hours with sessions of ten minutes (median), half
+of them ending in a crash, half in silence (`churn_success`).
 
 Figures without a number are those of 1000 nodes, others end in theirs (`success_5000`). `curves` holds a row
 for each size, its columns are `curves_of`; `law_...` are least-squares lines against log2 of the nodes. All
