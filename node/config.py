@@ -87,8 +87,8 @@ class Config:
     allowed on loopback only. Prefer the environment or the config file: flags show in process lists."""
 
     serve: tuple[str, ...] = ()
-    """Models to lend layers of from the start, each MODEL or MODEL@i:j: a local directory or a hub id, and
-    layers i up to, not including, j."""
+    """Models to lend layers of from the start, each MODEL or MODEL@i:j: a local directory, a name that members
+    announce (`mycel models list`) or a hub id, and layers i up to, not including, j."""
 
     assign: bool = True
     """Take layers of models that the swarm runs, when asked for none by name and this machine can find the
