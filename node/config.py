@@ -87,12 +87,12 @@ class Config:
     allowed on loopback only. Prefer the environment or the config file: flags show in process lists."""
 
     serve: tuple[str, ...] = ()
-    """Models to lend layers of from the start, each MODEL or MODEL@i:j: a local directory, a name that members
-    announce (`mycel models list`) or a hub id, and layers i up to, not including, j."""
+    """Models to lend layers of from the start, each MODEL or MODEL@i:j: a local directory, a name that
+    members announce (`mycel models list`) or a hub id, and layers i up to, not including, j."""
 
     assign: bool = True
-    """Take layers of models that the swarm runs, when asked for none by name and this machine can find the
-    model. Turn it off for a machine that shall only ask, never serve."""
+    """Take layers of models that the swarm runs, when asked for none by name and the model can be had: in
+    `models`, or from members. Turn it off for a machine that shall only ask, never serve."""
 
     assign_from_members: bool = True
     """Whether layers that this node takes may be fetched from members that have the model as blocks. Where it
