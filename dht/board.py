@@ -1,8 +1,10 @@
-"""The board, pushed: each node tells its own facts to every member it is connected to.
+"""The board: each node tells its own facts to every member it is connected to, and hears of the others.
 
 One stream per peer carries an author's statements: all of them at first, then each change. A peer that
 reads slowly gets the latest word on each key, not every word. When the connection to an author ends, its
-facts end too, and come again with the next one. Facts travel one hop: nobody passes on what others said.
+facts end too, at once: failovers wait for that. They come again with the next connection, or with what the
+author said later, as others pass it on: facts of members that are not connected are those of their sheets
+(`mycel.dht.sheet`), which `mycel.dht.hearsay` brings.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from trio import TaskStatus
 
 from mycel.dht.changes import Changes, Watches
 from mycel.dht.facts import FACTS_PER_AUTHOR_MAX, KEY_CHARS_MAX, VALUE_BYTES_MAX, Facts, Statement, check
+from mycel.dht.sheet import MayState, Sheets
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import (
     ConnectionLost,
@@ -40,11 +43,18 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Statement)
 
 
-class PushBoard:
+def anybody(author: PeerId, chain: bytes) -> bool:
+    """Everybody may state facts: for meshes that have no memberships."""
+    return True
+
+
+class SwarmBoard:
     """A `Board` over a `Mesh`. `run` must be running for facts to travel."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, may_state: MayState = anybody) -> None:
         self._mesh = mesh
+        self.sheets = Sheets(mesh.verify, may_state, self._hears)
+        """Facts of authors that are not connected."""
         self._facts = Facts()
         self._sequence = int(mesh.wall() * 1000)
         self._watches = Watches()  # of all authors
@@ -65,15 +75,42 @@ class PushBoard:
 
     def facts(self, prefix: str) -> Sequence[Fact]:
         """See `Board.facts`."""
-        return self._facts.under(prefix)
+        heard = self.sheets.under(prefix)
+        if not heard:
+            return self._facts.under(prefix)
+        return sorted([*self._facts.under(prefix), *heard], key=lambda fact: (fact.key, fact.author))
 
     def watch(self, prefix: str) -> AbstractAsyncContextManager[AsyncIterator[Fact]]:
         """See `Board.watch`. A slow reader gets the latest change of each fact."""
         return self._watches.watch(prefix)
 
+    # --- hearsay
+
+    def _hears(self, author: PeerId) -> bool:
+        info = self._mesh.peers.get(author)
+        return author == self._mesh.peer_id or (info is not None and info.access >= Access.MEMBER)
+
+    def own_facts(self) -> Sequence[tuple[str, bytes]]:
+        """Keys and values that this node states, ordered by key."""
+        stated = self._facts.of(self._mesh.peer_id)
+        return [(one.key, one.value) for one in stated if one.value is not None]
+
+    def latest(self, author: PeerId) -> int:
+        """The number of the latest statement of this node or of a connected author."""
+        return self._facts.latest(author)
+
+    def next_sequence(self) -> int:
+        """A number for a further statement: of this node's calendar, and greater than all before."""
+        self._sequence = max(self._sequence + 1, int(self._mesh.wall() * 1000))
+        return self._sequence
+
+    def tell(self, changes: Sequence[Fact]) -> None:
+        """Give changes to those who watch."""
+        for change in changes:
+            self._watches.tell(change)
+
     def _say(self, key: str, value: bytes | None) -> None:
-        self._sequence += 1
-        statement = Statement(self._sequence, key, value)
+        statement = Statement(self.next_sequence(), key, value)
         try:
             check(statement)
             change = self._facts.state(self._mesh.peer_id, statement)
@@ -94,6 +131,8 @@ class PushBoard:
             def push_to(peer: PeerId, access: Access) -> None:
                 if peer in pushes:
                     pushes.pop(peer).cancel()
+                if access >= Access.MEMBER:
+                    self.tell(self.sheets.on_up(peer))
                 if access >= Access.SUBMIT:
                     self._outboxes[peer] = Changes("")
                     pushes[peer] = trio.CancelScope()
@@ -113,8 +152,8 @@ class PushBoard:
 
     def _forget(self, author: PeerId) -> None:
         self._inbound.pop(author, None)
-        for change in self._facts.forget(author):
-            self._watches.tell(change)
+        self.tell(self.sheets.on_down(author, self._facts.latest(author), trio.current_time()))
+        self.tell(self._facts.forget(author))
 
     async def _push(self, peer: PeerId, scope: trio.CancelScope) -> None:
         """Tell `peer` everything, then every change; begin again when it ends the stream but stays."""
@@ -136,8 +175,7 @@ class PushBoard:
         stream.deliver_to(lambda data, error: None if data is not None else outbox.end(error))
         try:
             async for change in outbox:
-                self._sequence += 1
-                packed = _encoder.encode(Statement(self._sequence, change.key, change.value))
+                packed = _encoder.encode(Statement(self.next_sequence(), change.key, change.value))
                 await stream.send(len(packed).to_bytes(4, "big") + packed)
         finally:
             stream.reset()

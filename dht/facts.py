@@ -57,6 +57,10 @@ class Facts:
         known = self._by_author.pop(author, {})
         return [Fact(author, key, None) for key in sorted(known) if known[key].value is not None]
 
+    def latest(self, author: PeerId) -> int:
+        """The number of the author's latest statement, 0 where there is none."""
+        return max((one.sequence for one in self._by_author.get(author, {}).values()), default=0)
+
     def of(self, author: PeerId) -> list[Statement]:
         """The author's statements, withdrawals included, ordered by key."""
         known = self._by_author.get(author, {})

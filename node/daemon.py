@@ -3,6 +3,7 @@
     host        connections, from the network seam up to streams
     rpc         calls over it
     board       facts that peers state
+    hearsay     facts of those that are not connected
     reach       how others can call this node, and it them
     documents   what the swarm keeps
     links       stage streams
@@ -40,9 +41,11 @@ from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.links import Links
 from mycel.compute.infer.pace import Timing
 from mycel.compute.infer.serve import StageServer
+from mycel.compute.train.trade import Trainer
 from mycel.dht.block.memory import memory_store
-from mycel.dht.board import PushBoard
+from mycel.dht.board import SwarmBoard
 from mycel.dht.doc.store import DocumentStore, VolatileStore
+from mycel.dht.hearsay import Hearsay
 from mycel.node.assign import Assigner
 from mycel.node.blocks import Blocks, OpenStore
 from mycel.node.capacity import Capacity
@@ -53,6 +56,7 @@ from mycel.node.discovery import Discovery
 from mycel.node.documents import DocumentService
 from mycel.node.gather import Gather
 from mycel.node.host import Host
+from mycel.node.jobs.federate import federating
 from mycel.node.jobs.open import open_jobs
 from mycel.node.lapse import end_lapsed
 from mycel.node.lend import EngineFactory, Lender
@@ -63,7 +67,7 @@ from mycel.node.reach.reach import Reach
 from mycel.node.running import LABEL_BYTES_MAX, LABEL_KEY, Node
 from mycel.node.together import OpenLanes, Together, stream_lanes
 from mycel.protocol.address import peer_of, tcp_of
-from mycel.protocol.chain import Chain
+from mycel.protocol.chain import Chain, encode_chain
 from mycel.protocol.errors import AddressError
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.membership import Credentials, Membership
@@ -94,6 +98,8 @@ class Papers:
     """Opens the store of blocks."""
     open_lanes: OpenLanes = stream_lanes
     """Makes what bulk between members of a group goes over."""
+    start_trainer: Callable[[], Trainer] | None = None
+    """Starts what runs federated applications; None: this node takes no part in such jobs."""
 
 
 async def run(
@@ -120,8 +126,9 @@ async def run(
     outward = Outward(network)
     host = Host(outward, papers.identity, listen=listen, membership=membership, limits=limits)
     rpc = Rpc(host)
-    board = PushBoard(host)
     documents = DocumentService(host, rpc, membership, papers.documents)
+    board = SwarmBoard(host, documents.authors.may_write)
+    hearsay = Hearsay(host, rpc, board, lambda: encode_chain(membership.credentials.chain))
     links = Links(host)
     stages = StageServer(links, rpc, board)
     generator = Generator(links, rpc, board, Timing(holders_s=config.layers_wait_s))
@@ -139,13 +146,15 @@ async def run(
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
     node.together = Together(host, rpc, papers.open_lanes)
-    node.jobs = open_jobs(node, papers.memory)
+    federate = federating(papers.start_trainer, config.data, config.trust_submitters)
+    node.jobs = open_jobs(node, papers.memory, federate)
     node.capacity = Capacity(node, papers.memory)
     async with trio.open_nursery() as nursery:
         await nursery.start(host.run)
         await nursery.start(rpc.run)
         await nursery.start(reach.run)
         await nursery.start(board.run)
+        await nursery.start(hearsay.run)
         await nursery.start(documents.run)
         await nursery.start(links.run)
         await nursery.start(stages.run)

@@ -68,8 +68,8 @@ class DocumentService:
         self._mesh = mesh
         self._membership = membership
         self._chain = encode_chain(membership.credentials.chain)
-        self._authors = Authors(mesh, membership, limits.authors)
-        self._library = Library(mesh, store, self._authors.may_write, chain=self._chain, limits=limits)
+        self.authors = Authors(mesh, membership, limits.authors)
+        self._library = Library(mesh, store, self.authors.may_write, chain=self._chain, limits=limits)
         self.documents = Documents(mesh, rpc, self._library, limits)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -94,6 +94,6 @@ class DocumentService:
             document = self._library.document(author)
             if author == self._mesh.peer_id or document is None:
                 continue
-            if not self._authors.may_write(author, document.chain):
+            if not self.authors.may_write(author, document.chain):
                 log.info("the membership of %s has ended: its document is dropped", author)
                 self._library.forget(author)

@@ -13,6 +13,7 @@ from mycel.compute.engine import Span
 from mycel.compute.infer.generate import Generator
 from mycel.compute.infer.request import ModelStatus, Report
 from mycel.compute.infer.serve import StageServer
+from mycel.dht.board import SwarmBoard
 from mycel.dht.doc.sync import Documents
 from mycel.node.blocks import Blocks
 from mycel.node.capacity import Capacity
@@ -37,7 +38,6 @@ from mycel.node.views import (
     TicketView,
     TroubleView,
 )
-from mycel.protocol.board import Board
 from mycel.protocol.chain import swarm_id
 from mycel.protocol.errors import MycelError
 from mycel.protocol.membership import Membership
@@ -74,7 +74,7 @@ class Node:
     membership: Membership
     host: Host
     rpc: Rpc
-    board: Board
+    board: SwarmBoard
     stages: StageServer
     generator: Generator
     contacts: Contacts

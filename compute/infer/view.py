@@ -64,11 +64,13 @@ class SwarmView:
         return tuple(sorted(holders, key=lambda holder: (holder.span, holder.peer)))
 
     def offers(self, card: ModelCard) -> list[Offer]:
-        """Stages that are ready, ordered by peer."""
+        """Stages that are ready and connected, ordered by peer: others are known by hearsay only."""
         offers = []
         for fact in self._board.facts(stage_key(card.fingerprint)):
             stage = read_stage(fact.value)
             if stage is None or stage.state != "ready":
+                continue
+            if fact.author != self._mesh.peer_id and fact.author not in self._mesh.peers:
                 continue
             if is_stage_key(fact.key, card.fingerprint) and stage.span.end <= card.n_layers:
                 offers.append(

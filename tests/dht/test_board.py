@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from mycel.dht.board import BOARD_PROTOCOL, PushBoard
+from mycel.dht.board import BOARD_PROTOCOL, SwarmBoard
 from mycel.dht.facts import VALUE_BYTES_MAX
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError
@@ -17,19 +17,19 @@ from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
 
 
 @asynccontextmanager
-async def world_of(count: int) -> AsyncIterator[tuple[MeshWorld, list[tuple[SimMesh, PushBoard]]]]:
+async def world_of(count: int) -> AsyncIterator[tuple[MeshWorld, list[tuple[SimMesh, SwarmBoard]]]]:
     async with mesh_world(MeshOptions(seed=3)) as world, trio.open_nursery() as nursery:
         nodes = []
         for n in range(count):
             mesh = world.add(f"n{n}")
-            board = PushBoard(mesh)
+            board = SwarmBoard(mesh)
             await nursery.start(board.run)
             nodes.append((mesh, board))
         yield world, nodes
         nursery.cancel_scope.cancel()
 
 
-async def facts_when(board: PushBoard, count: int) -> list[tuple[str, bytes | None]]:
+async def facts_when(board: SwarmBoard, count: int) -> list[tuple[str, bytes | None]]:
     """All facts once there are `count`."""
     async with board.watch("") as changes:
         while len(board.facts("")) != count:
@@ -83,12 +83,12 @@ async def test_a_dead_authors_facts_end_and_come_back_with_it(autojump_clock: tr
 async def test_a_peer_that_ended_the_stream_is_told_again(autojump_clock: trio.testing.MockClock) -> None:
     async with mesh_world(MeshOptions(seed=1)) as world, trio.open_nursery() as nursery:
         a, b = world.add("a"), world.add("b")
-        board_a = PushBoard(a)
+        board_a = SwarmBoard(a)
         await nursery.start(board_a.run)
         await a.connect(b.listen_addrs)  # b speaks no board yet
         board_a.publish("k", b"1")
         await trio.sleep(1)
-        board_b = PushBoard(b)
+        board_b = SwarmBoard(b)
         await nursery.start(board_b.run)
         assert await facts_when(board_b, 1) == [("k", b"1")]
         nursery.cancel_scope.cancel()
@@ -123,7 +123,7 @@ async def test_strangers_are_told_nothing(autojump_clock: trio.testing.MockClock
     async with mesh_world() as world, trio.open_nursery() as nursery:
         a = world.add("a")
         b = world.add("b", access=Access.STRANGER)
-        boards = [PushBoard(a), PushBoard(b)]
+        boards = [SwarmBoard(a), SwarmBoard(b)]
         for board in boards:
             await nursery.start(board.run)
         boards[0].publish("k", b"1")

@@ -21,7 +21,7 @@ from mycel.compute.infer.serve import ServeOptions, StageServer
 from mycel.compute.inline import InlineEngine
 from mycel.compute.model.tiny import tiny_model
 from mycel.compute.tokenizer import byte_level_tokenizer_files
-from mycel.dht.board import PushBoard
+from mycel.dht.board import SwarmBoard
 from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rpc import Rpc
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
@@ -42,7 +42,7 @@ class Node:
     def __init__(self, swarm: Swarm, mesh: SimMesh, timing: Timing) -> None:
         self.mesh = mesh
         self.rpc = Rpc(mesh)
-        self.board = PushBoard(mesh)
+        self.board = SwarmBoard(mesh)
         self.links = Links(mesh)
         self.stages = StageServer(self.links, self.rpc, self.board)
         self.generator = Generator(self.links, self.rpc, self.board, timing)
