@@ -41,7 +41,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from mycel.compute.collective.attempt import Attempt
 from mycel.compute.collective.door import Door
@@ -60,24 +59,11 @@ from mycel.compute.collective.epoch import (
     place_of,
 )
 from mycel.compute.collective.ledger import Action, Entered, Ledger, Left, LocalCall, Send, clipped
+from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.succession import Succession
-from mycel.compute.collective.successor import Quorum, is_next
+from mycel.compute.collective.successor import is_next
 from mycel.protocol.limits_group import DEFAULT_GROUP_LIMITS, GroupLimits
 from mycel.protocol.mesh import PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What a group's members agree on beforehand, and whether this one may begin it."""
-
-    quorum: Quorum = "majority"
-    admits: Literal["whenever", "border"] = "whenever"
-    """Newcomers come in whenever nothing moves, or only while all members wait in `border`."""
-    least: int = 1
-    """With fewer members than this nothing begins."""
-    founds: bool = True
-    """Whether this node begins the group where it finds none: by majority once in its process's life, and
-    two that do and cannot hear each other begin two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +116,7 @@ class Membership:
 
     @property
     def member(self) -> Member:
-        """This node in its life of now."""
+        """This node, in its life of now."""
         return Member(self._me, self._life)
 
     # What the node does
@@ -209,6 +195,12 @@ class Membership:
         self._door.forget(peer)
         if self._inside is not None and peer in self._inside.epoch.peers:
             self._inside.succession.lose(now, peer)
+        self._after(now)
+
+    def miss(self, now: float, peer: PeerId) -> None:
+        """A peer whose connection was lost was dialled in vain."""
+        if self._inside is not None:
+            self._inside.succession.miss(now, peer)
         self._after(now)
 
     def receive(self, now: float, peer: PeerId, message: Message) -> None:

@@ -38,9 +38,10 @@ from mycel.compute.collective.attempt import (
     part_of,
 )
 from mycel.compute.collective.epoch import Bundle, Epoch, Kind, Message, Terms
-from mycel.compute.collective.group import Membership, Policy
+from mycel.compute.collective.group import Membership
 from mycel.compute.collective.ledger import Abandon, Action, Begin, Entered, Left, Send, Settled
 from mycel.compute.collective.outcome import Fenced, Operation, OperationRefused, Outcome
+from mycel.compute.collective.policy import Policy
 from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError, UsageProblem
 from mycel.protocol.limits_group import DEFAULT_GROUP_LIMITS, GroupLimits
 from mycel.protocol.mesh import Access, Mesh, PeerDown, PeerId
@@ -374,13 +375,14 @@ class Group:
         addrs = self._addresses.pop(event.peer, ())
         is_member = self.epoch is not None and event.peer in self.epoch.peers
         if is_member and addrs and event.reason != "left" and self._nursery is not None:
-            self._nursery.start_soon(self._dial, addrs)
+            self._nursery.start_soon(self._dial, event.peer, addrs)
 
-    async def _dial(self, addrs: tuple[str, ...]) -> None:
+    async def _dial(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
         try:
             await self._mesh.connect(addrs, timeout=self._limits.patience_s)
         except MycelError:  # it is gone, then
-            return
+            self._core.miss(trio.current_time(), peer)
+            self._act()
 
 
 def _rule(array: Array, dtype: str, op: str, codec: str | None) -> Rule:

@@ -26,7 +26,8 @@ from mycel.compute.collective.epoch import (
     place_of,
 )
 from mycel.compute.collective.ledger import Action, Ledger, Send
-from mycel.compute.collective.successor import Acceptor, Proposal, Quorum, is_next, next_epoch
+from mycel.compute.collective.policy import Quorum
+from mycel.compute.collective.successor import Acceptor, Proposal, is_next, next_epoch
 from mycel.protocol.limits_group import GroupLimits
 from mycel.protocol.mesh import PeerId
 
@@ -91,6 +92,11 @@ class Succession:
         """It is back; what was said meanwhile may be lost, so the next epoch is wanted all the same."""
         if self._lost.get(peer, -math.inf) > -math.inf:
             del self._lost[peer]
+
+    def miss(self, now: float, peer: PeerId) -> None:
+        """A lost member was dialled in vain: nobody needs to wait for it any longer."""
+        if peer in self._lost:
+            self._lost[peer] = min(self._lost[peer], now - self._limits.grace_s)
 
     def bury(self, now: float, peer: PeerId) -> None:
         """That member is another life of its peer now, and will never answer."""

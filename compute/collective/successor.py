@@ -8,14 +8,12 @@ propose. All pure, and without time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 
 from mycel.compute.collective.epoch import Ballot, Epoch, Member, Promise, Report, Verdict
+from mycel.compute.collective.policy import Quorum
 from mycel.protocol.mesh import PeerId
-
-Quorum = Literal["majority", "any"]
 
 NO_BALLOT: Ballot = (0, PeerId(""))
 

@@ -16,9 +16,10 @@ import trio
 
 from mycel.compute.collective.attempt import Attempt
 from mycel.compute.collective.epoch import Epoch, Member, Message, Terms, place_of
-from mycel.compute.collective.group import Membership, Policy
+from mycel.compute.collective.group import Membership
 from mycel.compute.collective.ledger import Abandon, Begin, Entered, Left, Send, Settled
 from mycel.compute.collective.mover import RingMover
+from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.service import Group
 from mycel.compute.collective.streams import StreamLanes
 from mycel.protocol.limits import LaneLimits

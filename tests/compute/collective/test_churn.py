@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import trio
 
-from mycel.compute.collective.group import Policy
 from mycel.compute.collective.outcome import Fenced
+from mycel.compute.collective.policy import Policy
 from mycel.protocol.errors import DialError
 from mycel.simnet import clock
 

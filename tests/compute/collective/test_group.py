@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from mycel.compute.collective.epoch import Terms
-from mycel.compute.collective.group import Policy
+from mycel.compute.collective.policy import Policy
 from mycel.protocol.mesh import PeerId
 
 

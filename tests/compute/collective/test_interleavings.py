@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mycel.compute.collective.epoch import Epoch, Member, Terms
-from mycel.compute.collective.group import Policy
+from mycel.compute.collective.policy import Policy
 
 NAMES = "abcde"
 STEPS = {

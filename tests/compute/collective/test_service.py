@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import trio
 
-from mycel.compute.collective.group import Policy
 from mycel.compute.collective.outcome import Fenced, OperationRefused, Outcome
+from mycel.compute.collective.policy import Policy
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.mesh import PeerId
 from mycel.simnet import clock

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import trio
 
-from mycel.compute.collective.group import Policy
 from mycel.compute.collective.inventory import CHUNK_BYTES, differing, root_of, take_stock
 from mycel.compute.collective.outcome import Fenced
+from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.state import SharedState, StateLost, Synced
 from mycel.protocol.errors import RemoteProtocolError, UsageProblem
 from mycel.protocol.tensor import Tensor

@@ -1,0 +1,197 @@
+"""Peers that come, die and stop, all the time, with eight reduces under way: real processes and sockets.
+
+Two to six peers sum arrays without end. Every half to two seconds one of them is killed (SIGKILL), or stopped
+for up to six seconds (SIGSTOP, SIGCONT), or a new one comes. Of every reduce it must be true that all who
+ended it have the same bytes, and that these are the sum of what its contributors gave; of every peer, that
+it is never without a result for longer than 10 s while it runs. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+from measure import report
+
+FAR = Path(__file__).with_name("churn_far.py")
+PEERS_MIN, PEERS_MAX = 2, 6
+PAUSE_S_MAX = 10.0
+STOP_S = (0.2, 6.0)
+
+
+@dataclass(eq=False)
+class Peer:
+    """One process."""
+
+    number: int
+    process: trio.Process
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    id: str = ""
+    address: str = ""
+    is_stopped: bool = False
+    last: list[str] = field(default_factory=list)
+    """Who contributed to its last result."""
+    running_since: float = 0.0
+    """Since when it has run without being stopped, or had its last result."""
+
+
+class Churn:
+    """The peers there are, and what they said."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.peers: list[Peer] = []
+        self.count = 0
+        self.results: dict[str, tuple[str, float | None, list[str]]] = {}
+        self.numbers: dict[str, int] = {}
+        self.pauses: list[float] = []
+        self.together: dict[int, int] = {}
+        """How many results came of groups of how many."""
+        self.missed: dict[str, tuple[float, list[str]]] = {}
+        """Killed peers: when, and who had reduced with them just before."""
+        self.after_kill: list[float] = []
+        self.wrong: list[str] = []
+        self.events = dict.fromkeys(("come", "kill", "stop", "fenced", "reductions", "retried"), 0)
+
+    async def run(self, seconds: float) -> None:
+        """Play for so long."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                await self.come(nursery)
+            end = trio.current_time() + seconds
+            while trio.current_time() < end:
+                await trio.sleep(self.draw.uniform(0.5, 2))
+                awake = [peer for peer in self.peers if peer.id and not peer.is_stopped]
+                what = self.draw.choice(["come", "kill", "stop"])
+                if what == "come" and len(self.peers) < PEERS_MAX:
+                    await self.come(nursery)
+                elif what == "kill" and len(awake) > PEERS_MIN:
+                    self.kill(self.draw.choice(awake))
+                elif what == "stop" and len(awake) > PEERS_MIN:
+                    nursery.start_soon(self.stop, self.draw.choice(awake), self.draw.uniform(*STOP_S))
+            for peer in self.peers[:]:
+                self.kill(peer)
+            nursery.cancel_scope.cancel()
+
+    async def come(self, nursery: trio.Nursery) -> None:
+        """A process starts."""
+        self.count += 1
+        self.events["come"] += 1
+        command = [sys.executable, str(FAR), str(self.count)]
+        process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        peer = Peer(self.count, process)
+        self.peers.append(peer)
+        nursery.start_soon(self.listen, peer)
+
+    def kill(self, peer: Peer) -> None:
+        """It dies at once."""
+        self.events["kill"] += 1
+        self.peers.remove(peer)
+        self.missed[peer.id] = (trio.current_time(), [other for other in peer.last if other != peer.id])
+        peer.process.send_signal(signal.SIGKILL)
+        peer.scope.cancel()
+
+    async def stop(self, peer: Peer, seconds: float) -> None:
+        """It stands still for a while."""
+        self.events["stop"] += 1
+        peer.is_stopped = True
+        peer.process.send_signal(signal.SIGSTOP)
+        await trio.sleep(seconds)
+        if peer in self.peers:
+            peer.process.send_signal(signal.SIGCONT)
+            peer.running_since = trio.current_time()
+            peer.is_stopped = False
+
+    async def listen(self, peer: Peer) -> None:
+        """Take what a process says, until it is killed."""
+        stdout, stdin = peer.process.stdout, peer.process.stdin
+        assert stdout is not None
+        assert stdin is not None
+        rest = b""
+        with peer.scope:
+            while True:
+                rest += await stdout.receive_some()
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    await self.take(peer, json.loads(line))
+        await peer.process.wait()
+
+    async def take(self, peer: Peer, said: dict[str, Any]) -> None:
+        """One line of a peer."""
+        if "address" in said:
+            peer.id, peer.address = said["id"], said["address"]
+            peer.running_since = trio.current_time()
+            self.numbers[peer.id] = peer.number
+            everybody = {p.id: (p.number, p.address) for p in self.peers if p.id}
+            for other in self.peers:
+                if other.id and other.process.stdin is not None and not other.is_stopped:
+                    await other.process.stdin.send_all(json.dumps({"peers": everybody}).encode() + b"\n")
+            return
+        if "fenced" in said:
+            self.events["fenced"] += 1
+            if not said["untouched"]:
+                self.wrong.append(f"peer {peer.number} was fenced, and its array is not as it was")
+            return
+        self.events["reductions"] += 1
+        self.events["retried"] += said["attempts"] > 1
+        now = trio.current_time()
+        self.pauses.append(now - peer.running_since)
+        self.together[len(said["of"])] = self.together.get(len(said["of"]), 0) + 1
+        peer.running_since = now
+        peer.last = said["of"]
+        for dead, (when, mourners) in list(self.missed.items()):
+            if peer.id in mourners and dead not in said["of"]:
+                self.after_kill.append(now - when)
+                del self.missed[dead]
+        self.check(said)
+
+    def check(self, said: dict[str, Any]) -> None:
+        """Is it the right sum, and the same as everybody's?"""
+        name, found = said["name"], (said["digest"], said["sum"], said["of"])
+        if self.results.setdefault(name, found) != found:
+            self.wrong.append(f"{name}: {found} here, {self.results[name]} there")
+        if said["sum"] != sum(self.numbers[peer] for peer in said["of"]):
+            self.wrong.append(f"{name}: the sum over {said['of']} is not {said['sum']}")
+
+
+def main() -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    churn = Churn(options.seed)
+    trio.run(churn.run, options.seconds)
+    longest = max(churn.pauses, default=options.seconds)
+    for wrong in churn.wrong[:20]:
+        print(wrong)
+    report(
+        "churn",
+        {
+            "seconds": options.seconds,
+            "seed": options.seed,
+            "wrong": len(churn.wrong),
+            "longest_pause_s": longest,
+            "median_gap_s": statistics.median(churn.pauses) if churn.pauses else options.seconds,
+            "after_kill_s": statistics.median(churn.after_kill) if churn.after_kill else None,
+            "after_kill_s_max": max(churn.after_kill, default=None),
+            "operations": len(churn.results),
+            **churn.events,
+            **{f"of_{size}": count for size, count in sorted(churn.together.items())},
+        },
+    )
+    if churn.wrong or longest > PAUSE_S_MAX or not churn.results:
+        sys.exit("churn: " + (churn.wrong[0] if churn.wrong else f"nothing ended for {longest:.1f} s"))
+
+
+if __name__ == "__main__":
+    main()
