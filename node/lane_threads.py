@@ -159,9 +159,12 @@ class LaneSender:
                 if not parcel.gate.enter():
                     continue
                 try:
-                    frame = self._sealer.seal(parcel.head, parcel.fill)
+                    body = parcel.fill()
+                    frame = None if body is None else self._sealer.seal(parcel.head, body)
                 finally:
                     parcel.gate.leave()
+                if frame is None:
+                    continue
                 self._cap.wait(len(frame))
                 began = time.monotonic()
                 self.sock.sendall(frame)

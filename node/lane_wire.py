@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
@@ -72,14 +71,13 @@ class Sealer:
         self._count = 0
         self._buffer = bytearray(HEAD_BYTES + 2 * TAG_BYTES)
 
-    def seal(self, head: Head, fill: Callable[[], memoryview]) -> memoryview:
+    def seal(self, head: Head, body: memoryview) -> memoryview:
         """The frame's bytes, in this object's own buffer: valid until the next call."""
         whole = HEAD_BYTES + 2 * TAG_BYTES + head.length
         if len(self._buffer) < whole:
             self._buffer = bytearray(whole)
         view = memoryview(self._buffer)
         plain = head.pack()
-        body = fill()
         if body.nbytes != head.length:
             raise RemoteProtocolError(f"a body of {body.nbytes} bytes under a head of {head.length}")
         if self._cipher is None:

@@ -82,7 +82,8 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parcel:
-    """A part for `peer`. `fill` gives its body, `head.length` bytes, and is called within the gate only.
+    """A part for `peer`. `fill` gives its body, `head.length` bytes, and is called within the gate only; None
+    where there is nothing to send any more.
 
     Parcels that follow from what came go before those that do not: what others wait for, and what is still in
     this core's cache.
@@ -90,7 +91,7 @@ class Parcel:
 
     peer: PeerId
     head: Head
-    fill: Callable[[], memoryview]
+    fill: Callable[[], memoryview | None]
     gate: Gate
     is_answer: bool = False
     """Whether it follows from what came."""

@@ -242,6 +242,7 @@ class RingMover:
         if digest in self._runs:
             raise LocalProtocolError(f"{operation.plan.task.attempt} is under way at this node already")
         run = self._runs[digest] = _Run(operation)
+        operation.on_refused = partial(self._refused, run)
 
         def drop() -> None:
             del self._runs[digest]
@@ -327,7 +328,7 @@ class RingMover:
             self._in_trio(partial(self._settle, run, AttemptFailed(peer, f"{peer} sent {error}")))
             return
         except InputRefused as error:
-            self._in_trio(partial(self._settle, run, error))
+            self._refused(run, error)
             return
         finally:
             operation.gate.leave()
@@ -350,6 +351,9 @@ class RingMover:
             return
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(action)
+
+    def _refused(self, run: _Run, error: InputRefused) -> None:
+        self._in_trio(partial(self._settle, run, error))
 
     def _settle(self, run: _Run, failure: MycelError | None) -> None:
         if not run.over.is_set():

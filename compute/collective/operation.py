@@ -16,6 +16,7 @@ operation is kept or dropped.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -48,6 +49,10 @@ class _Workplace(threading.local):
 _workplace = _Workplace()
 
 
+def _raise(error: InputRefused) -> None:
+    raise error
+
+
 class Untrue(RemoteProtocolError):
     """A member sent what is not its to send: the operation cannot end, whatever carries it is in order."""
 
@@ -75,6 +80,8 @@ class Operation:
         self.gate = Doorway()
         self.course = plan.course()
         self.missing = self.course.expected
+        self.on_refused: Callable[[InputRefused], None] = _raise
+        """Called in whatever thread encodes, where an item of this member's has no code."""
         self._rule = plan.task.rule
         self._codec = plan.codec
         self._source = source
@@ -125,15 +132,19 @@ class Operation:
             return self._codec.wire_bytes(end - begin)
         return (end - begin) * self._target.dtype.itemsize
 
-    def _fill(self, piece: Piece, own: bool) -> memoryview:
+    def _fill(self, piece: Piece, own: bool) -> memoryview | None:
         """The bytes of a piece as they travel. `own`: it is this member's input and nothing else."""
         begin, end = self.plan.cut.bounds(piece.part, piece.chunk)
         if self._codec is None:
             array = self._source if own and piece.phase == SUM else self._target
             return array[begin:end].data.cast("B")
         wire = self._wire_of(piece)
-        if own and piece.phase == SUM:
-            self._encode_own(piece, wire)
+        try:
+            if own and piece.phase == SUM:
+                self._encode_own(piece, wire)
+        except InputRefused as error:
+            self.on_refused(error)
+            return None
         return wire.data
 
     def _wire_of(self, piece: Piece) -> Bytes:

@@ -4,6 +4,11 @@ A block's scale is its largest magnitude over the largest code, so codes are sym
 rounding has no favourite direction: skewed data stays unbiased, and an outlier costs only its own block. A
 block whose largest magnitude is below 2**-118 becomes zero (its scale could not be inverted).
 
+Fifteen codes are so few that rounding to the nearest favours where a skewed density is higher (by 0.06
+standard deviations for half-normal data). 4-bit codes are therefore dithered: before rounding, a fixed table
+of uniform numbers between -1/2 and 1/2 is added, which makes the error's mean zero whatever the data, for 1.4
+times its spread. With 255 codes that bias is lost in the noise, and codes are rounded to the nearest.
+
 On the wire a chunk of n items is ceil(n / block) scales, float32, then the codes. Of 4-bit codes the first
 half of a block is in the low, the second half in the high four bits of its bytes.
 
@@ -34,6 +39,7 @@ STRETCH = 1 << 16
 yet so many that threads do not hand Python's lock to each other all the time."""
 
 BLOCKS = (256, 512, 1024)
+DITHER = np.random.default_rng(4).uniform(-0.499, 0.499, STRETCH).astype(np.float32)
 INFINITE = 0x7F800000
 """The bits of float32 infinity; NaN's are greater."""
 SMALLEST = np.float32(2.0**-118)
@@ -141,6 +147,8 @@ class BlockCodec:
         np.divide(np.float32(self.top), largest, out=inverse, where=largest >= SMALLEST)
         scales[largest < SMALLEST] = 0.0
         np.multiply(rows, inverse[:, None], out=work)
+        if self.bits == 4:
+            np.add(work, DITHER[: rows.size].reshape(rows.shape), out=work)
         np.rint(work, out=work)
         if self.bits == 8:
             np.copyto(codes[: rows.size].reshape(rows.shape), work, casting="unsafe")

@@ -143,9 +143,12 @@ class StreamLanes:
             if not parcel.gate.enter():
                 continue
             try:
-                frame = b"".join((parcel.head.pack(), parcel.fill()))
+                body = parcel.fill()
+                frame = b"" if body is None else b"".join((parcel.head.pack(), body))
             finally:
                 parcel.gate.leave()
+            if not frame:
+                continue
             began = trio.current_time()
             await stream.send(frame)
             took = trio.current_time() - began
