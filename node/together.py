@@ -72,7 +72,7 @@ class Together:
         `quorum` "any" lets a part that is no majority go on; `least` members must be there before anything
         begins; `founds`: begin the group where there is none. Leaves it at the end.
         """
-        from mycel.compute.collective.group import Policy
+        from mycel.compute.collective.policy import Policy
         from mycel.compute.collective.service import Group
         from mycel.compute.collective.state import SharedState
 
