@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 from mycel.compute.capacity import measure
 from mycel.compute.device import plan_budget, probe_machine
 from mycel.compute.process import WorkerOptions
+from mycel.compute.train.trainer import SERVE, start_trainer
 from mycel.compute.worker import start_worker
 from mycel.node import daemon
 from mycel.node.blocks import store_in
@@ -92,6 +93,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
             store,
             blocks,
             socket_lanes(config.lane_bytes_per_s),
+            partial(start_trainer, WorkerOptions(environment=dict(os.environ), serve=SERVE)),
         )
         if not config.label:
             config = replace(config, label=socket.gethostname())
