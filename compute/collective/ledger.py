@@ -137,7 +137,7 @@ class Ledger:
         self.stops = False
         """...or, where they come in at borders, no votes on those."""
         self.is_short = False
-        """Too few members: nobody begins anything."""
+        """Too few members: nobody begins anything, or passes a border; but they wait there for more."""
         self._group = group
         self._epoch = epoch
         self._order = epoch.peers
@@ -186,7 +186,8 @@ class Ledger:
             self._out.append(Settled(tag, "refused", call.withdrawn, attempt, 0))
             return
         if self._me not in state.arrived():
-            if self.frozen or ((self.holds or self.is_short) and not call.withdrawn):
+            waits = self.holds or (self.is_short and call.terms.kind != "border")
+            if self.frozen or (waits and not call.withdrawn):
                 return
             state.arrived()[self._me] = call.terms
             self._tell(Arrive(self.place, tag, state.done, call.terms))
@@ -296,7 +297,7 @@ class Ledger:
         differing = self._difference(state)
         if differing:
             self._vote(tag, state, "refused", differing)
-        elif call.terms.kind == "border" and self.stops:
+        elif call.terms.kind == "border" and (self.stops or self.is_short):
             return
         elif call.terms.kind in ("barrier", "border"):
             call.attempts += 1
