@@ -32,11 +32,11 @@ from mycel.node import daemon
 from mycel.node.blocks import store_in
 from mycel.node.config import Config
 from mycel.node.docdisk import DiskStore
-from mycel.node.lanes import socket_lanes
 from mycel.node.memory import FolderMemory, Memory
 from mycel.node.running import Node
 from mycel.node.tcp import TcpNetwork
 from mycel.node.tls import server_context
+from mycel.node.together import socket_lanes
 from mycel.node.transports import Transports
 from mycel.node.trust import Trust, join_swarm, open_trust
 from mycel.node.web import serve_web

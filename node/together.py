@@ -46,6 +46,17 @@ def stream_lanes(mesh: Mesh, rpc: Rpc) -> RunningLanes:
     return StreamLanes(mesh)
 
 
+def socket_lanes(bytes_per_s: float) -> OpenLanes:
+    """Makes lanes over sockets of their own, with a bound on what the node sends over them; 0 for none."""
+
+    def open_lanes(mesh: Mesh, rpc: Rpc) -> RunningLanes:
+        from mycel.node.lanes import LaneOptions, SocketLanes
+
+        return SocketLanes(mesh, rpc, LaneOptions(bytes_per_s=bytes_per_s))
+
+    return open_lanes
+
+
 class Together:
     """The groups of a node. `run` must be running."""
 
