@@ -119,6 +119,11 @@ class Membership:
         """This node, in its life of now."""
         return Member(self._me, self._life)
 
+    @property
+    def waits_for(self) -> str:
+        """What keeps the group from going on, "" where nothing does."""
+        return "to be let in" if self._inside is None else self._inside.succession.waits_for
+
     # What the node does
 
     def join(self, now: float) -> None:

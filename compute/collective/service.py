@@ -83,13 +83,17 @@ class Group:
         self._poke = trio.Event()
         self._news = trio.lowlevel.ParkingLot()
         self._addresses: dict[PeerId, tuple[str, ...]] = {}
-        self.fenced = 0
-        """How often this node found itself left out."""
+        self.fenced = 0  # how often this node found itself left out
 
     @property
     def epoch(self) -> Epoch | None:
         """The epoch that this node is in, None while it is outside."""
         return self._core.epoch
+
+    @property
+    def waits_for(self) -> str:
+        """What keeps the group from going on, "" where nothing does."""
+        return self._core.waits_for
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled; then leave, which the others need not wait for."""
@@ -158,7 +162,6 @@ class Group:
 
     async def border(self, *, tag: str = "border") -> Outcome:
         """As `barrier`; before it returns, newcomers are let in and have called it too.
-
         The only place where they come in under `Policy.admits = "border"`. Raises as `barrier`.
         """
         outcome, _ = await self._call("border", tag, _NOTHING, Rule("uint8"))

@@ -80,6 +80,15 @@ class Succession:
         there = [peer for peer in self.here if peer not in self._suspects]
         return there.index(self._me) if self._me in there else len(there)
 
+    @property
+    def waits_for(self) -> str:
+        """What the next epoch waits for, "" where none is wanted or it goes its way."""
+        proposal = self._proposal
+        if proposal is None or proposal.has_quorum(self._epoch, self._quorum):
+            return ""
+        voices = len(proposal.promises if proposal.value is None else proposal.accepted)
+        return f"{voices} of {len(self._epoch.members)} members answer; {self._quorum} is needed"
+
     def lose(self, now: float, peer: PeerId) -> None:
         """A member's connection is lost."""
         if peer not in self._lost:
@@ -151,7 +160,8 @@ class Succession:
                 if proposal is not None and proposal.ballot == message.ballot and proposal.value is None:
                     proposal.promises[peer] = message
             case Outbid(ballot=ballot):
-                self._follow(now, ballot)
+                if proposal is not None and proposal.ballot < ballot:
+                    self._follow(now, ballot)
             case Accept():
                 self._on_accept(now, peer, message)
             case Accepted(ballot=ballot):

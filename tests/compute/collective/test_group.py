@@ -19,120 +19,7 @@ from typing import Any
 
 import pytest
 
-from mycel.compute.collective.epoch import Terms
 from mycel.compute.collective.policy import Policy
-from mycel.protocol.mesh import PeerId
-
-
-def terms_of(tag: str, items: int) -> Terms:
-    if tag.startswith(("barrier", "border")):
-        return Terms("barrier" if tag.startswith("barrier") else "border")
-    return Terms("all_reduce", "float32", items, "avg")
-
-
-class Script:
-    def __init__(self, bottle: Any) -> None:
-        self.bottle = bottle
-
-    def play(self, text: str) -> None:
-        for line in text.strip().splitlines():
-            words = line.split("#")[0].split()
-            if words:
-                try:
-                    getattr(self, f"do_{words[0]}")(*words[1:])
-                except AssertionError as error:
-                    raise AssertionError(f"{line.strip()!r} at {self.bottle.now:.2f} s: {error}") from error
-
-    def node(self, name: str) -> Any:
-        return self.bottle.nodes[PeerId(name)]
-
-    def do_start(self, *names: str) -> None:
-        for name in names:
-            node = self.bottle.start(name)
-            node.core.join(self.bottle.now)
-            self.bottle.act(node)
-
-    def do_follow(self, *names: str) -> None:
-        for name in names:
-            node = self.bottle.start(name, founds=False)
-            node.core.join(self.bottle.now)
-            self.bottle.act(node)
-
-    def do_call(self, what: str, *names: str) -> None:
-        tag, _, items = what.partition("/")
-        for name in names:
-            node = self.node(name)
-            assert not node.core.is_open(tag), f"{name} has called {tag} already"
-            node.core.call(self.bottle.now, tag, terms_of(tag, int(items or 8)))
-            self.bottle.act(node)
-
-    def do_run(self, seconds: str) -> None:
-        self.bottle.run(float(seconds))
-
-    def do_kill(self, *names: str) -> None:
-        for name in names:
-            self.bottle.kill(name)
-
-    def do_part(self, *names: str) -> None:
-        self.bottle.part(list(names))
-
-    def do_cut(self, one: str, other: str) -> None:
-        """Between these two alone."""
-        self.bottle.cut.add(frozenset((PeerId(one), PeerId(other))))
-        for name, lost in ((one, other), (other, one)):
-            self.node(name).core.down(self.bottle.now, PeerId(lost))
-            self.bottle.act(self.node(name))
-
-    def do_heal(self) -> None:
-        self.bottle.heal()
-
-    def do_leave(self, name: str) -> None:
-        self.node(name).core.leave()
-        self.bottle.act(self.node(name))
-
-    def do_hold(self) -> None:
-        self.bottle.moves_at_once = False
-
-    def attempt(self, name: str, tag: str) -> Any:
-        return next(attempt for attempt in self.node(name).began if attempt.tag == tag)
-
-    def do_move(self, tag: str, *names: str) -> None:
-        for name in names:
-            self.bottle.move(self.node(name), self.attempt(name, tag))
-
-    def do_break(self, name: str, tag: str, *peer: str) -> None:
-        suspect = PeerId(peer[0]) if peer else None
-        self.bottle.break_off(self.node(name), self.attempt(name, tag), suspect)
-
-    def do_give_up(self, name: str, tag: str) -> None:
-        self.node(name).core.withdraw(self.bottle.now, tag, f"{name} gave up")
-        self.bottle.act(self.node(name))
-
-    def do_epoch(self, number: str, *names: str) -> None:
-        for name in names:
-            epoch = self.node(name).core.epoch
-            assert epoch is not None, f"{name} is outside"
-            assert (epoch.number, sorted(epoch.peers)) == (int(number), sorted(names)), f"{name}: {epoch}"
-
-    def do_together(self, *names: str) -> None:
-        epochs = [self.node(name).core.epoch for name in names]
-        assert None not in epochs, epochs
-        assert epochs.count(epochs[0]) == len(epochs), epochs
-        assert sorted(epochs[0].peers) == sorted(names), epochs[0]
-
-    def do_out(self, *names: str) -> None:
-        for name in names:
-            assert self.node(name).core.epoch is None, f"{name} is in {self.node(name).core.epoch}"
-
-    def do_ended(self, tag: str, ending: str, *names: str) -> None:
-        for name in names:
-            assert self.node(name).last(tag) == ending, f"{name}: {self.node(name).ended}"
-            assert not self.node(name).core.is_open(tag), f"{name} has another one open"
-
-    def do_open(self, tag: str, *names: str) -> None:
-        for name in names:
-            assert self.node(name).core.is_open(tag), f"{name}: {self.node(name).ended}"
-
 
 SCRIPTS = {
     "the lowest of those who wait begins, the others come in": """
@@ -403,17 +290,17 @@ ANY = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_membership_by_majority(bottle_of: Any, name: str) -> None:
-    Script(bottle_of(Policy())).play(SCRIPTS[name])
+def test_membership_by_majority(bottle_of: Any, script_of: Any, name: str) -> None:
+    script_of(bottle_of(Policy())).play(SCRIPTS[name])
 
 
 @pytest.mark.parametrize("name", ANY)
-def test_membership_of_whoever_is_there(bottle_of: Any, name: str) -> None:
-    Script(bottle_of(Policy(quorum="any"))).play(ANY[name])
+def test_membership_of_whoever_is_there(bottle_of: Any, script_of: Any, name: str) -> None:
+    script_of(bottle_of(Policy(quorum="any"))).play(ANY[name])
 
 
-def test_newcomers_come_in_at_borders_only_where_that_is_agreed(bottle_of: Any) -> None:
-    Script(bottle_of(Policy(admits="border"))).play("""
+def test_newcomers_come_in_at_borders_only_where_that_is_agreed(bottle_of: Any, script_of: Any) -> None:
+    script_of(bottle_of(Policy(admits="border"))).play("""
         start a
         run 2
         start b
@@ -441,8 +328,21 @@ def test_newcomers_come_in_at_borders_only_where_that_is_agreed(bottle_of: Any) 
     """)
 
 
-def test_too_few_members_begin_nothing(bottle_of: Any) -> None:
-    Script(bottle_of(Policy(least=2))).play("""
+def test_a_part_that_is_no_majority_says_what_it_waits_for(bottle_of: Any, script_of: Any) -> None:
+    bottle = bottle_of(Policy())
+    script_of(bottle).play("""
+        start a b
+        run 3
+        kill b
+        call x a
+        run 5
+        open x a
+    """)
+    assert bottle.nodes["a"].core.waits_for == "1 of 2 members answer; majority is needed"
+
+
+def test_too_few_members_begin_nothing(bottle_of: Any, script_of: Any) -> None:
+    script_of(bottle_of(Policy(least=2))).play("""
         start a
         run 2
         call x a
