@@ -76,17 +76,18 @@ class JobLimits:
     inline_bytes: int = 1 * KIB
     """A checkpoint as large as this stands in the document itself; a larger one is a block."""
 
-    log_bytes: int = 4 * KIB
+    log_bytes: int = 2 * KIB
     """Lines of a peer about a job that stand in its document; older ones are in blocks."""
 
     log_chunks: int = 48
-    """Blocks of older lines that are kept, the latest ones: 200 kB."""
+    """Blocks of older lines that are kept, the latest ones: 100 kB."""
 
     line_chars: int = 500
     """A log line; the rest is cut."""
 
     kept: int = 24
-    """Ended jobs whose traces a node keeps in its document; with 5 kB each, they fit twice."""
+    """Ended jobs whose traces a node keeps in its document; with 3 kB each they take half of it. Where it is
+    full all the same, the oldest go earlier."""
 
     active: int = 16
     """Jobs of one submitter that are not ended; more are refused, so that nobody fills the others' hands."""

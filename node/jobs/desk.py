@@ -8,7 +8,7 @@ document names those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
@@ -84,6 +84,8 @@ class Desk:
         self._news = trio.Event()
         self.lost = 0
         """Writes that found no room."""
+        self.make_room: Callable[[], str | None] = lambda: None
+        """Names a job that need not stand in this node's document any more, each once."""
 
     async def run(self) -> None:
         """Write what waits, until cancelled."""
@@ -160,12 +162,23 @@ class Desk:
         waiting = {**self._waiting, **changes}
         if not waiting:
             return
-        try:
-            self._documents.write(waiting)
-        except LimitExceeded as error:
-            self.lost += 1
-            if must:
-                raise LimitExceeded(f"{error} (ended jobs are forgotten after a while)") from None
-            log.warning("what this node knows of jobs finds no room in its document: %s", error)
+        while True:
+            try:
+                self._documents.write(waiting)
+            except LimitExceeded as error:
+                job = self.make_room()
+                if job is not None:
+                    self._journals.pop(job, None)
+                    waiting.update(dict.fromkeys(self._own_keys(job)))
+                    continue
+                self.lost += 1
+                if must:
+                    raise
+                log.warning("what this node knows of jobs finds no room in its document: %s", error)
+            else:
+                self._waiting.clear()
             return
-        self._waiting.clear()
+
+    def _own_keys(self, job: str) -> list[str]:
+        facts = self._documents.read(f"{PREFIX}{job}/")
+        return [fact.key for fact in facts if fact.author == self._mesh.peer_id]

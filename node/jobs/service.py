@@ -107,6 +107,7 @@ class Jobs:
             self._limits,
         )  # fmt: skip
         self._voting.open(blobs, self._carry)
+        desk.make_room = self._make_room
         try:
             async with (
                 place.documents.watch(PREFIX) as changes,
@@ -127,9 +128,10 @@ class Jobs:
     async def leave(self) -> None:
         """This node stops: leases are given back, so that others need not wait for their end."""
         self._is_leaving = True
-        async with trio.open_nursery() as nursery:
-            for attendance in list(self._attended.values()):
-                nursery.start_soon(attendance.leave)
+        with trio.move_on_after(2 * self._limits.call_s):
+            async with trio.open_nursery() as nursery:
+                for attendance in list(self._attended.values()):
+                    nursery.start_soon(attendance.leave)
         if self._tools is not None:
             await self._tools.desk.end()
 
@@ -328,6 +330,14 @@ class Jobs:
             return
         del self._attended[job]
         self._tidy()
+
+    def _make_room(self) -> str | None:
+        """The job that ended longest ago of those that this node speaks of, or one that nobody knows."""
+        assert self._tools is not None
+        own = [job for job in self._tools.desk.own_jobs() if job not in self._attended]
+        known = [job.id for entry, job in self.book.entries() if entry.is_ended]
+        unknown = [job for job in own if self.book.get(job) is None]
+        return next((job for job in [*unknown, *known] if job in own), None)
 
     def _tidy(self) -> None:
         """Say nothing more of jobs that ended long ago, nor of those that everybody else forgot."""

@@ -33,6 +33,7 @@ from mycel.node.jobs.service import Jobs, Place
 from mycel.node.jobs.spec import Job, read_spec
 from mycel.node.jobs.views import JobView
 from mycel.node.memory import VolatileMemory
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS, JobLimits
 from mycel.protocol.mesh import Access, PeerId
 from mycel.protocol.rpc import Rpc
@@ -73,7 +74,7 @@ class Node:
         mesh, disk = self.mesh, self.disk
         self.rpc = Rpc(mesh)
         self.board = SwarmBoard(mesh)
-        library = Library(mesh, disk.documents, lambda author, chain: True)
+        library = Library(mesh, disk.documents, lambda author, chain: True, limits=self.swarm.documents)
         self.documents = Documents(mesh, self.rpc, library)
         self.exchange = Exchange(mesh, disk.blocks)
         self.links = Links(mesh)
@@ -90,6 +91,7 @@ class Node:
                 own_access=lambda: mesh.access,
                 chain=lambda: b"",
                 label=self.swarm.label,
+                takes_part=self not in self.swarm.idle,
             ),
             [lambda services: self.swarm.kind(services, self)],
             self.swarm.limits,
@@ -147,10 +149,13 @@ class Swarm:
 
     def __init__(self, world: MeshWorld, nursery: trio.Nursery, limits: JobLimits) -> None:
         self.limits = limits
+        self.documents = DEFAULT_DOCUMENT_LIMITS
         self.world = world
         self.nursery = nursery
         self.nodes: list[Node] = []
         self.access: dict[PeerId, Access] = {}
+        self.idle: list[Node] = []
+        """Nodes whose owners let them do nothing for jobs."""
         self.kind: Callable[[Services, Node], Runner] = Watched
 
     def access_of(self, peer: PeerId, chain: bytes) -> Access:
@@ -159,13 +164,17 @@ class Swarm:
     def label(self, peer: PeerId) -> str:
         return next((node.mesh.name for node in self.nodes if node.peer == peer), peer)
 
-    async def grow(self, count: int, model: Path | None = None, access: Access = Access.MEMBER) -> list[Node]:
+    async def grow(
+        self, count: int, model: Path | None = None, access: Access = Access.MEMBER, *, works: bool = True
+    ) -> list[Node]:
         grown = []
         for _ in range(count):
             node = Node(self, self.world.add(f"n{len(self.nodes)}", access=access), Disk(), model)
             self.access[node.peer] = access
             self.nodes.append(node)
             grown.append(node)
+            if not works:
+                self.idle.append(node)
             await self.nursery.start(node.run)
         await self.until(lambda: all(len(node.mesh.peers) == len(self.nodes) - 1 for node in self.nodes))
         return grown

@@ -127,6 +127,17 @@ async def test_a_job_goes_on_where_it_was_after_the_whole_swarm_was_off(
     assert completions == await undisturbed()
 
 
+async def test_a_node_whose_owner_says_no_votes_and_coordinates_but_does_no_prompt(
+    swarm, autojump_clock, byte_model, prompts, generate_spec
+):
+    async with swarm() as s:
+        nodes = await s.grow(1, works=False) + await s.grow(2, byte_model)
+        job = await submit(s, nodes[2], generate_spec, prompts)
+        await result(s, nodes[1], job)
+        assert nodes[1].view(job).coordinator == nodes[0].peer
+        assert sorted([*nodes[1].asked, *nodes[2].asked]) == list(range(COUNT))
+
+
 async def test_a_job_waits_for_somebody_to_serve_its_model_and_says_so(
     swarm, autojump_clock, byte_model, prompts, generate_spec
 ):

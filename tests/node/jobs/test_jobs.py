@@ -19,6 +19,7 @@ from mycel.node.jobs.voting import ASK, HOLD, NOTE, Ask, Hold, Note
 from mycel.node.jobs.work import Work
 from mycel.protocol.board import Fact
 from mycel.protocol.errors import ConnectionLost, Refused, RemoteError, RemoteProtocolError, UsageProblem
+from mycel.protocol.limits_doc import DEFAULT_DOCUMENT_LIMITS
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS
 from mycel.protocol.mesh import Access
 
@@ -320,6 +321,21 @@ async def test_traces_of_jobs_that_ended_long_ago_go_with_their_blocks(
             pinned = {name.split("/")[1] for name in node.disk.blocks.pins()}
             assert pinned <= {*jobs[2:]}
             assert {fact.key.split("/")[1] for fact in node.documents.read("jobs/")} == {*jobs[2:]}
+
+
+async def test_a_full_document_lets_go_of_ended_jobs_before_it_refuses_new_ones(
+    swarm, autojump_clock, counting, generate_spec
+):
+    async with swarm(counting) as s:
+        s.documents = replace(DEFAULT_DOCUMENT_LIMITS, content_bytes=3 << 10)
+        nodes = await s.grow(3)
+        for _ in range(6):
+            job = (await nodes[0].jobs.submit(generate_spec, PROMPTS)).id
+            assert await ended(s, nodes[2], job) == "done"
+        for node in nodes:
+            assert node.jobs._tools.desk.lost == 0
+            assert 1 <= len(node.jobs._tools.desk.own_jobs()) < 6
+        assert nodes[1].view(job).phase == "done"
 
 
 async def test_electors_are_an_odd_number_of_those_who_have_been_there_longest(

@@ -66,7 +66,10 @@ def test_a_missing_key_is_named():
         (b"kind = ", "no TOML"),
         (b"\xff", "no TOML"),
         (b"#" * (LIMITS.file_bytes + 1), "at most"),
-        (b'kind = "federate"\napp = "digits"\n[settings]\nlr = [1]', r"settings\[...\]: expected"),
+        (
+            b'kind = "federate"\napp = "digits"\ndata = "d"\n[settings]\nlr = [1]',
+            r"settings\[...\]: expected",
+        ),
         (
             b'kind = "train"\napp = "a"\n[settings]\n'
             + b"".join(b'k%d = "%s"\n' % (n, b"x" * 900) for n in range(9)),
