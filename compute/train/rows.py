@@ -85,7 +85,9 @@ def row_of(data: Buffer, layout: Layout) -> Flat:
 
 def check_finite(flat: Flat) -> None:
     """Raise `Refused` ("not-finite") naming the first number that is none."""
-    if not np.isfinite(flat.dot(flat)):  # one pass, no copy; overflows where a number is beyond all use
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = flat.dot(flat)  # one pass, no copy; overflows where a number is beyond all use
+    if not np.isfinite(square):
         bad = np.flatnonzero(~np.isfinite(flat))
         where = f"number {bad[0]} of {flat.size} is {flat[bad[0]]}" if bad.size else "its length overflows"
         raise Refused(f"an update that is not finite: {where}", reason="not-finite")
@@ -121,7 +123,7 @@ def from_safetensors(content: bytes) -> tuple[Flat, Layout, dict[str, str]]:
         tensors = msgspec.convert(header, dict[str, _Stored])
     except msgspec.ValidationError as error:
         raise UsageProblem(f"this is no safetensors file of float32 tensors: {error}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageProblem(f"this is no safetensors file: {error}") from error
     body = memoryview(content)[8 + size :]
     ordered = sorted(tensors.items(), key=lambda item: item[1].data_offsets)
