@@ -144,6 +144,10 @@ class LaneSender:
         shut(self.sock)
         self._waiting.wake()
 
+    def join(self) -> None:
+        """Wait for its thread, after `end`."""
+        self._thread.join()
+
     def undelivered(self) -> list[Parcel]:
         """What may not have arrived of operations that go on, after the end. Once."""
         left = [parcel for parcel in self._sent if not parcel.gate.is_closed]
@@ -213,6 +217,10 @@ class LaneReceiver:
     def end(self) -> None:
         """End the lane; from any thread."""
         shut(self.sock)
+
+    def join(self) -> None:
+        """Wait for its thread, after `end`."""
+        self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -87,6 +87,7 @@ class SocketLanes:
         self._pairs: dict[PeerId, _Pair] = {}
         self._receivers: dict[PeerId, list[LaneReceiver]] = {}
         self._moved: dict[PeerId, int] = {}
+        self._live: dict[LaneSender | LaneReceiver, None] = {}
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
 
@@ -112,8 +113,11 @@ class SocketLanes:
                 task_status.started()
         finally:
             self._nursery = None
-            for peer in list(dict.fromkeys([*self._pairs, *self._receivers])):
-                self._close(peer)
+            for lane in list(self._live):
+                lane.end()
+            for lane in list(self._live):
+                lane.join()  # shut, it ends as soon as it has worked in what it holds
+                self._close_lane(lane)
 
     def attach(self, taker: Taker) -> None:
         """See `Lanes.attach`."""
@@ -174,6 +178,7 @@ class SocketLanes:
         on_end = partial(self._in_trio_ended, self._sender_ended, peer, pair)
         sender = LaneSender(sock, Sealer(key), pair.waiting, self._cap, on_end)
         pair.senders.append(sender)
+        self._live[sender] = None
         sender.start()
         self._nursery.start_soon(self._watch_far_end, sender)
 
@@ -188,7 +193,7 @@ class SocketLanes:
             sender.end()
 
     def _sender_ended(self, peer: PeerId, pair: _Pair, sender: LaneSender) -> None:
-        _close(sender.sock)
+        self._close_lane(sender)
         if sender not in pair.senders:
             return
         pair.senders.remove(sender)
@@ -212,10 +217,11 @@ class SocketLanes:
         on_end = partial(self._in_trio_ended, self._receiver_ended, peer)
         receiver = LaneReceiver(sock, Opener(key), peer, self._taker, on_end, is_near=is_near)
         lanes.append(receiver)
+        self._live[receiver] = None
         receiver.start()
 
     def _receiver_ended(self, peer: PeerId, receiver: LaneReceiver) -> None:
-        _close(receiver.sock)
+        self._close_lane(receiver)
         lanes = self._receivers.get(peer, [])
         if receiver in lanes:
             lanes.remove(receiver)
@@ -247,14 +253,8 @@ class SocketLanes:
         for receiver in self._receivers.pop(peer, []):
             receiver.end()
 
-
-def _close(sock: socket.socket) -> None:
-    """Close the socket of a thread that has ended."""
-    if sock.fileno() >= 0:
-        trio.lowlevel.notify_closing(sock)
-        sock.close()
-
-
-def socket_lanes(bytes_per_s: float) -> Callable[[Mesh, Rpc], SocketLanes]:
-    """Makes a node's lanes, with a bound on what it sends over them; 0 for none."""
-    return lambda mesh, rpc: SocketLanes(mesh, rpc, LaneOptions(bytes_per_s=bytes_per_s))
+    def _close_lane(self, lane: LaneSender | LaneReceiver) -> None:
+        """Close the socket of a thread that has ended."""
+        if self._live.pop(lane, self) is None:
+            trio.lowlevel.notify_closing(lane.sock)
+            lane.sock.close()

@@ -143,8 +143,8 @@ class StreamLanes:
             if not parcel.gate.enter():
                 continue
             try:
-                body = parcel.fill()
-                frame = b"" if body is None else b"".join((parcel.head.pack(), body))
+                filled = parcel.fill()
+                frame = b"" if filled is None else b"".join((parcel.head.pack(), filled))
             finally:
                 parcel.gate.leave()
             if not frame:
