@@ -141,7 +141,7 @@ steps = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(steps)
-def test_the_dead_do_not_come_back_and_time_does_not_run_backwards(
+def test_the_dead_do_not_come_back_and_the_old_does_not_either(
     story: list[tuple[str, int, float]],
 ) -> None:
     connected = False
