@@ -41,6 +41,8 @@ class Operation:
     terms: Terms
     rule: Rule
     array: Array
+    into: Array | None = None
+    """Where the result goes, where that is not `array`."""
     done: trio.Event = field(default_factory=trio.Event)
     turn: trio.Lock = field(default_factory=trio.Lock)
     """Held while a mover works in the array: the next attempt waits for the last one's end."""

@@ -23,16 +23,6 @@ GRAIN = 1024
 """Chunks end at multiples of so many items, so that blocks of a codec never lie across two."""
 CHUNK_ITEMS_MIN = 16 * GRAIN
 CHUNKS_WANTED = 4
-"""A part is cut into so many chunks, where that makes them neither too small nor too large: a ring of single
-chunks stands idle."""
-LIGHT_CHUNK_ITEMS = 128 * GRAIN
-"""The longest chunk that is quantized: half a MiB of float32, worked on in a core's cache."""
-
-
-GRAIN = 1024
-"""Chunks end at multiples of so many items, so that blocks of a codec never lie across two."""
-CHUNK_ITEMS_MIN = 16 * GRAIN
-CHUNKS_WANTED = 4
 """A part is cut into so many chunks at least, where they are not too small: with fewer a ring stands idle."""
 LIGHT_CHUNK_ITEMS = 128 * GRAIN
 """The longest chunk that is quantized: half a MiB of float32, worked on in a core's cache."""

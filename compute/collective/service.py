@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
+from mycel.compute.collective.asked import read_place, read_rule
 from mycel.compute.collective.attempt import (
     Array,
     Attempt,
@@ -34,7 +35,6 @@ from mycel.compute.collective.attempt import (
     Rule,
     Staged,
     as_items,
-    check_rule,
     part_of,
 )
 from mycel.compute.collective.epoch import Bundle, Epoch, Kind, Message, Terms
@@ -120,16 +120,26 @@ class Group:
         return self.epoch
 
     async def all_reduce(
-        self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None, dtype: str = ""
+        self,
+        array: Array,
+        *,
+        op: str = "avg",
+        tag: str = "",
+        codec: str | None = None,
+        dtype: str = "",
+        into: Array | None = None,
     ) -> Outcome:
         """Put all members' arrays together, item by item; the result replaces `array`.
 
-        `dtype` says what the items are where numpy has no word for it ("bfloat16", in an array of 16-bit
-        items). Raises `OperationRefused`, `Fenced`; `UsageProblem` for an array, a rule or a tag that cannot
-        be worked with; in all cases `array` is as it was.
+        Or stands in `into`, as large, which costs less: then `array` stays as it is. `codec`: "int8", "int4",
+        or with "+feedback", which adds what was lost at this tag to the next operation. `dtype` says what the
+        items are where numpy has no word for it ("bfloat16", in an array of 16-bit items). Raises
+        `OperationRefused`, `Fenced`; `UsageProblem` for an array, a rule or a tag that cannot be worked with;
+        in all cases `array` is as it was.
         """
-        rule = _rule(array, dtype, op, codec)
-        outcome, _ = await self._call("all_reduce", tag, as_items(array), rule)
+        rule = read_rule(array, dtype, op, codec)
+        place = None if into is None else read_place(into, array)
+        outcome, _ = await self._call("all_reduce", tag, as_items(array), rule, into=place)
         return outcome
 
     async def reduce_scatter(
@@ -139,20 +149,20 @@ class Group:
 
         `array` stays as it is. Raises as `all_reduce`.
         """
-        return await self._call("reduce_scatter", tag, as_items(array), _rule(array, dtype, op, codec))
+        return await self._call("reduce_scatter", tag, as_items(array), read_rule(array, dtype, op, codec))
 
     async def all_gather(
         self, part: Array, *, tag: str = "", codec: str | None = None, dtype: str = ""
     ) -> tuple[Outcome, Array]:
         """Every contributor's `part`, one after the other in their order, flat. Raises as `all_reduce`."""
-        return await self._call("all_gather", tag, as_items(part), _rule(part, dtype, "avg", codec))
+        return await self._call("all_gather", tag, as_items(part), read_rule(part, dtype, "avg", codec))
 
     async def broadcast(
         self, array: Array, root: PeerId, *, tag: str = "", codec: str | None = None, dtype: str = ""
     ) -> Outcome:
         """`root`'s array, in everybody's. Raises as `all_reduce`; also refused where `root` is gone."""
-        rule = _rule(array, dtype, "avg", codec)
-        outcome, _ = await self._call("broadcast", tag, as_items(array), rule, root)
+        rule = read_rule(array, dtype, "avg", codec)
+        outcome, _ = await self._call("broadcast", tag, as_items(array), rule, root=root)
         return outcome
 
     async def barrier(self, *, tag: str = "barrier") -> Outcome:
@@ -172,7 +182,7 @@ class Group:
         return self._core.is_awaited(tag)
 
     async def _call(
-        self, kind: Kind, tag: str, array: Array, rule: Rule, root: PeerId = PeerId("")
+        self, kind: Kind, tag: str, array: Array, rule: Rule, *, root: str = "", into: Array | None = None
     ) -> tuple[Outcome, Array]:
         if self._nursery is None:
             raise Fenced(f"the group {self.name} does not run at this node; start Group.run first")
@@ -185,8 +195,8 @@ class Group:
         items = array.size if kind not in ("barrier", "border") else 0
         dtype = rule.dtype if items else ""
         op = rule.op if kind in ("all_reduce", "reduce_scatter") else ""
-        terms = Terms(kind, dtype, items, op, rule.codec or "", root, rule.feedback)
-        operation = self._operations[tag] = Operation(terms, rule, array)
+        terms = Terms(kind, dtype, items, op, rule.codec or "", PeerId(root), rule.feedback)
+        operation = self._operations[tag] = Operation(terms, rule, array, into)
         try:
             self._core.call(trio.current_time(), tag, terms)
             self._act()
@@ -303,7 +313,7 @@ class Group:
         count = len(attempt.order)
         match operation.terms.kind:
             case "all_reduce":
-                return await self._mover.all_reduce(attempt, array, rule)
+                return await self._mover.all_reduce(attempt, array, rule, operation.into)
             case "reduce_scatter":
                 own = part_of(array.size, count, attempt.index(self._mesh.peer_id))
                 operation.result = np.empty(own.stop - own.start, array.dtype)
@@ -386,14 +396,3 @@ class Group:
         except MycelError:  # it is gone, then
             self._core.miss(trio.current_time(), peer)
             self._act()
-
-
-def _rule(array: Array, dtype: str, op: str, codec: str | None) -> Rule:
-    """How `array` is worked on. Raises `UsageProblem`."""
-    rule = Rule(dtype or array.dtype.name, op, codec)
-    try:
-        check_rule(rule, array)
-        as_items(array)
-    except ValueError as error:
-        raise UsageProblem(str(error)) from error
-    return rule

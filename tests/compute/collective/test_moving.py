@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 
+from mycel.compute.collective.asked import read_place, read_rule
 from mycel.compute.collective.attempt import Attempt, AttemptFailed, InputRefused, Rule, Staged, part_of
 from mycel.compute.collective.mover import RingMover
 from mycel.compute.collective.streams import BULK, StreamLanes
-from mycel.protocol.errors import StreamReset
+from mycel.protocol.errors import StreamReset, UsageProblem
 from mycel.protocol.lane import GONE, PART, READY, Head, Parcel
 from mycel.protocol.limits import LaneLimits
 from mycel.simnet.mesh import MeshOptions, MeshWorld, SimMesh, mesh_world
@@ -413,3 +414,16 @@ async def test_frames_that_are_none_end_their_stream(
         await stream.send(frame)
         with pytest.raises(StreamReset):
             await stream.receive_some()
+
+
+def test_what_callers_ask_is_read_or_refused() -> None:
+    array = np.zeros((3, 4), np.float32)
+    assert read_rule(array, "", "sum", "int8+feedback") == Rule("float32", "sum", "int8", True)
+    assert read_rule(array.view(np.uint16), "bfloat16", "max", None) == Rule("bfloat16", "max")
+    for codec, op in (("int8+more", "avg"), (None, "product")):
+        with pytest.raises(UsageProblem):
+            read_rule(array, "", op, codec)
+    assert read_place(np.ones(12, np.float32), array).shape == (12,)
+    for into in (array[:], np.ones(11, np.float32), np.ones(12, np.int32), np.ones((12, 2), np.float32)[:, 0]):
+        with pytest.raises(UsageProblem):
+            read_place(into, array)
