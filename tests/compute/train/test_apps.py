@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,50 @@ def test_what_an_application_does_wrong_is_named(tmp_path: Path) -> None:
             work(shop, "own", tmp_path)
     with pytest.raises(UsageProblem, match="with a function under @app"):
         Workshop().add("empty", App())
+
+
+def test_the_application_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "federated.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 10, 300)
+    np.savez(tmp_path / "d.npz", x=np.eye(64)[y] + 0.1 * draw.normal(size=(300, 64)), y=y)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    shop = Workshop()
+    try:
+        shop.open(Source("mine", {"app.py": code.encode()}))
+    finally:
+        sys.modules.pop("app", None)
+    begun = shop.start(StartAsk("mine", {}, 5))
+    more: dict[str, Any] = {"layout": begun.layout, "settings": {"rate": 2.0}, "evaluate": True}
+    update, first = work(
+        shop, "mine", tmp_path / "d.npz", model=row_of(begun.model.data, begun.layout), **more
+    )
+    model = row_of(begun.model.data, begun.layout) + update
+    _, second = work(shop, "mine", tmp_path / "d.npz", model=model, **more)
+    assert first.judged["accuracy"] < 0.5 < second.judged["accuracy"]
+
+
+def test_a_language_model_on_text_learns_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("mycel mycel mycel " * 200)
+    (tmp_path / "b.txt").write_text("mycel " * 300)
+    shop = Workshop()
+    shop.open(Source("causal-lm"))
+    settings_: dict[str, Any] = {
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "length": 32,
+        "steps": 12,
+        "rate": 0.02,
+    }
+    begun = shop.start(StartAsk("causal-lm", settings_, 5))
+    more: dict[str, Any] = {"layout": begun.layout, "settings": settings_, "evaluate": True}
+    model = row_of(begun.model.data, begun.layout)
+    update, first = work(shop, "causal-lm", tmp_path, model=model, **more)
+    _, second = work(shop, "causal-lm", tmp_path, model=model + update, **more)
+    assert first.judged["loss"] > 5.0
+    assert second.judged["loss"] < 0.8 * first.judged["loss"]
 
 
 def test_bundles_are_checked_before_they_are_written_anywhere() -> None:
