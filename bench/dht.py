@@ -8,6 +8,9 @@ fell silent at once (`silent_third_success`, and `silent_third_p99_ratio`: its p
 1000 nodes `churn_nodes` others come and go for two virtual hours with sessions of ten minutes (median), half
 of them ending in a crash, half in silence (`churn_success`).
 
+`daemons_agree` says whether 50 whole daemons, of which each is connected with all, read like as many nodes of
+the light mesh (`mycel.simnet.agreement`); `daemons_...` and `twins_...` are what either world told.
+
 Figures without a number are those of 1000 nodes, others end in theirs (`success_5000`). `curves` holds a row
 for each size, its columns are `curves_of`; `law_...` are least-squares lines against log2 of the nodes. All
 of it takes a quarter of an hour on one core; --nodes and --churn-s make it shorter. The exit status is 0
@@ -25,6 +28,7 @@ from functools import partial
 from measure import Figure, report, stopwatch
 
 from mycel.simnet import clock
+from mycel.simnet.agreement import AgreementOptions, Told, agreement
 from mycel.simnet.curves import law
 from mycel.simnet.lookups import LookupsOptions, LookupsReport, lookups, restless
 
@@ -61,6 +65,7 @@ def main() -> None:
         "--churn-s", type=float, default=CHURN_S, help="virtual seconds (default %(default)s)"
     )
     parser.add_argument("--churn-nodes", type=int, default=CHURN_NODES, help="default %(default)s")
+    parser.add_argument("--daemons", type=int, default=50, help="whole ones; 0: none (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     reports = [_one(asked.seed, size, asked.reads) for size in sorted(asked.nodes) if size <= MAIN]
@@ -79,12 +84,15 @@ def main() -> None:
         "churn_deaths": deaths,
         "churn_latency_p99_s": churn.p99_s,
     }
+    if asked.daemons:
+        figures |= _agree(AgreementOptions(asked.seed, asked.daemons))
     for size in sorted(asked.nodes):
         if size > MAIN:
             report("dht", figures | _all(reports))  # what is known so far: the next size takes a while
             reports.append(_one(asked.seed, size, asked.reads))
     report("dht", figures | _all(reports))
     good = all(_kept(told) for told in reports)
+    good = good and figures.get("daemons_agree", True) is True
     sys.exit(0 if good and churn.success >= CHURN_MIN else 1)
 
 
@@ -114,6 +122,28 @@ def _one(seed: int, size: int, reads: int) -> LookupsReport:
             flush=True,
         )
     return told
+
+
+def _agree(options: AgreementOptions) -> Figures:
+    """What whole daemons and the light mesh tell of one story."""
+    with stopwatch() as seconds:
+        told = agreement(options)
+        print(f"  {told.nodes} daemons agree: {told.agrees}  ({seconds():.0f} s)", flush=True)
+    figures: Figures = {"daemons": told.nodes, "daemons_agree": told.agrees}
+    for name, world in (("daemons", told.daemons), ("twins", told.mesh)):
+        figures |= {f"{name}_{key}": value for key, value in _world(world).items()}
+    return figures
+
+
+def _world(told: Told) -> dict[str, float]:
+    return {
+        "success": told.calm.success,
+        "hops_mean": told.calm.hops_mean,
+        "latency_p50_s": told.calm.p50_s,
+        "latency_p99_s": told.calm.p99_s,
+        "silent_third_success": told.silent.success,
+        "silent_third_p99_s": told.silent.p99_s,
+    }
 
 
 def _say(seconds: Callable[[], float], text: str) -> None:
