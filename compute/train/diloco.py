@@ -4,8 +4,8 @@
 on its own data; then the way it went, averaged over all peers, moves the weights that they share.
 
     diloco = DiLoCo(model, peers, BorderOptions(every=50))
-    for batch in batches:
-        loss(model, batch).backward()
+    while diloco.outer_steps < 100:
+        loss(model, next(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
         diloco.step()
@@ -81,13 +81,12 @@ class DiLoCo:
         return self._meet()
 
     def finish(self) -> OuterStep | None:
-        """After the last inner step: what is left is added and applied, and the module holds what is shared.
+        """At the end: apply the sum that is still under way, and have the module hold the shared weights.
 
-        All peers that trained together finish together.
+        All peers end at the same border, since they see the same `outer_steps`; inner steps taken since are
+        dropped.
         """
-        last = self._meet() if self._inner else None
-        if self._late is not None:
-            last = self._apply_late()
+        last = self._apply_late()
         self._border.begin_again()
         self._flat.write(self._border.start)
         return last

@@ -41,10 +41,6 @@ class GroupPeers:
         epoch = self._group.epoch
         return 0 if epoch is None else len(epoch.members)
 
-    def wait_for(self, count: int) -> None:
-        """Wait until the group has at least `count` members."""
-        self._do(partial(self._group.gather_members, count))
-
     def all_reduce(
         self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None
     ) -> Reduced:
