@@ -18,6 +18,8 @@ TENSOR_SIDE = (
     "compute/worker_main.py",
     "compute/worker_serve.py",
     "compute/train/apps/",
+    "compute/train/diloco.py",
+    "compute/train/flat.py",
 )
 ARRAY_SIDE = ("compute/collective/", "compute/train/")
 """Loaded by the first job that needs it, not at the start."""
