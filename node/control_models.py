@@ -65,8 +65,8 @@ class ModelRoutes:
         root = await self._find(decode(body, RemoveAsk).model)
         if any(lent.root == root for lent in self._node.lender.lent):
             raise UsageProblem(
-                f"{self._node.catalog.name_of(root)} is served from its blocks here: restart the node without "
-                "serving it first"
+                f"{self._node.catalog.name_of(root)} is served from its blocks here: restart the node "
+                "without serving it first"
             )
         await self._node.catalog.remove(root)
         return {}
