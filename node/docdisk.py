@@ -63,6 +63,7 @@ class DiskStore:
     @classmethod
     async def open(cls, path: Path) -> DiskStore:
         """Open or make the file. Raises `UsageProblem` for one that is damaged or none of ours."""
+        path.touch(mode=0o600)  # what belongs to it gets the same mode
         store = await trio.to_thread.run_sync(SqliteStore, path)
         return cls(store, await trio.to_thread.run_sync(store.load))
 

@@ -110,6 +110,7 @@ async def test_what_is_synced_is_on_disk_in_the_order_it_was_written(tmp_path: P
         for n in range(50):
             library.write({f"k{n % 7}": b"%d" % n})
         await library.synced()
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
         other = SqliteStore(tmp_path / "documents.db")
         assert other.load() == library.since(signer.peer_id, NOWHERE)
         other.close()
