@@ -100,13 +100,17 @@ class TrainSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     KIND: ClassVar[str] = "train"
     app: Name
-    """A built-in application, or the name of a bundle that the nodes' owners trust."""
+    """A built-in application (causal-lm), or with `code` a name for the submitter's own."""
+    code: FileName | None = None
+    """The submitter's own application, one Python file; it runs where owners trust the submitter."""
     data: FileName | None = None
-    """Training data that the submitter brings."""
+    """Training data that the submitter brings..."""
+    offered: Name | None = None
+    """...or the name under which owners offer theirs."""
     model: FileName | None = None
-    """Where to begin; without it the application makes one of the seed."""
+    """Where to begin, weights or an earlier job's checkpoint; without it one is made of the seed."""
     steps: Count = 1000
-    """Inner steps in all."""
+    """Inner steps of each peer, in all."""
     inner_steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 50
     """Local steps between two outer ones."""
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 8

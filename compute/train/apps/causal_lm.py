@@ -6,7 +6,11 @@ for judging.
 Settings: `model`, a folder with config.json that every client has at the same place or a hub id (its weights
 are the start), or "" for a fresh small Llama over bytes (`width` 64, `layers` 2, `heads` 4); `steps` 20,
 `batch` 4, `length` 128, `rate` 1e-3 (AdamW, a fresh one each round), `proximal_mu` 0. With a model of `model`
-its tokenizer cuts text; a fresh one reads bytes.
+its tokenizer cuts text; a fresh one reads bytes, and so does any with `bytes` true.
+
+In jobs of kind train, whose inner steps come some at a time (`keeps_optimizer`), the optimizer lives as long
+as the process, and its rate follows a warm-up of 20 steps and a cosine over the `done` of `total` steps.
+`optimizer` "muon" takes Muon (Jordan et al. 2024) for the layers' matrices, with `matrix_rate` 0.02.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ app = App()
 
 BYTES = 256
 JUDGE_EVERY = 20
+WARMUP_STEPS = 20
 
 
 @app.start
@@ -40,22 +45,58 @@ def train(task: Task) -> Trained:
     model, pieces = filled(task), pieces_of(task)[0]
     began = [parameter.detach().clone() for parameter in model.parameters()]
     mu, rng = task.setting("proximal_mu", 0.0), task.rng
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.setting("rate", 1e-3))
+    optimizers = optimizers_of(task, model)
     steps, batch = int(task.setting("steps", 20)), int(task.setting("batch", 4))
     total = 0.0
     model.train()
     torch.manual_seed(task.seed)
-    for _ in range(steps):
+    for step in range(steps):
+        set_rates(task, optimizers, step)
         rows = pieces[torch.from_numpy(rng.integers(len(pieces), size=batch))]
         loss = model(input_ids=rows, labels=rows).loss
         total += loss.item()
         if mu:
             apart = zip(model.parameters(), began, strict=True)
             loss = loss + mu / 2 * sum(((now - then) ** 2).sum() for now, then in apart)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
     return task.done(weights_of(model), examples=steps * batch, loss=total / max(1, steps))
+
+
+def optimizers_of(task: Task, model: Any) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their top rates: fresh ones, or those of the steps before."""
+    key = f"causal-lm:optimizers:{task.settings.get('model', '')}"
+    if not task.settings.get("keeps_optimizer") or not task.setting("done", 0):
+        task.cache.pop(key, None)
+    if key not in task.cache:
+        rate, matrix_rate = task.setting("rate", 1e-3), task.setting("matrix_rate", 0.02)
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            is_matrix = parameter.dim() == 2 and "embed" not in name and "head" not in name
+            (matrices if is_matrix else others).append(parameter)
+        if task.settings.get("optimizer", "adamw") != "muon":
+            task.cache[key] = [(torch.optim.AdamW(model.parameters(), lr=rate), rate)]
+        else:
+            muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01)
+            adam = torch.optim.AdamW(others, betas=(0.9, 0.95))
+            task.cache[key] = [(muon, matrix_rate), (adam, rate)]
+    kept: list[tuple[torch.optim.Optimizer, float]] = task.cache[key]
+    return kept
+
+
+def set_rates(task: Task, optimizers: list[tuple[torch.optim.Optimizer, float]], step: int) -> None:
+    """The learning rates of this request's inner step `step`."""
+    share = 1.0
+    if task.settings.get("keeps_optimizer"):
+        done, total = task.setting("done", 0) + step, max(1.0, task.setting("total", 1))
+        warm = min(1.0, (done + 1) / WARMUP_STEPS)
+        share = warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done / total))))
+    for optimizer, rate in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
 
 
 @app.evaluate
@@ -136,7 +177,7 @@ def tokens_of(task: Task) -> list[int]:
     except OSError as error:
         raise UsageProblem(f"{task.data.name} cannot be read: {error.strerror}") from error
     name = str(task.settings.get("model", ""))
-    if not name:
+    if not name or task.settings.get("bytes"):
         return list(b"\n".join(texts))
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens: list[int] = tokenizer(b"\n".join(texts).decode("utf-8", "replace"))["input_ids"]
