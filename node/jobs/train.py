@@ -1,0 +1,324 @@
+"""The train kind: one model that many peers train together, by DiLoCo.
+
+Every participant has a trainer process take the inner steps and is in the job's group (`job/ID`), where the
+borders happen (`mycel.compute.train.course`). Nobody is needed for that but the members themselves: a course
+goes on while the coordinator dies and another one takes over. The coordinator, which takes part as well,
+reports, keeps a checkpoint now and then, and writes the results at the end:
+
+    model.safetensors        the shared weights
+    checkpoint.safetensors   those and the outer momentum: `model` of a later job, on any number of peers
+    borders.json             step, loss and peers of every border
+
+Whoever begins asks the coordinator where: with the last checkpoint, or anew. A member that comes later gets
+the state from the group in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from mycel.compute.engine import EngineLost
+from mycel.compute.train.client import Owner
+from mycel.compute.train.trade import BUNDLE_ENTRY, Source, StartAsk, WorkAsk
+from mycel.compute.train.trainer import Trainers
+from mycel.node.jobs.kinds import Spec, TrainSpec
+from mycel.node.jobs.runner import Context, JobFailed, Services
+from mycel.node.jobs.spec import Blob, Job, JobInvalid
+from mycel.node.together import Together
+from mycel.protocol.errors import MycelError, Refused, UsageProblem
+from mycel.protocol.method import Call, Method
+from mycel.protocol.tensor import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mycel.compute.train.border import Border
+    from mycel.compute.train.course import Passed
+    from mycel.compute.train.layout import Layout
+    from mycel.compute.train.outer import Flat
+
+CHECKPOINT_S = 30.0
+"""Between two checkpoints, at least: a crash of everybody costs that much."""
+ASK_S = 1.0
+"""Between two questions where to begin, while nobody coordinates."""
+STEP_S_MAX = 600.0
+"""For one request of inner steps: a trainer that needs longer is killed."""
+MOMENTUM = "outer.momentum"
+"""A checkpoint's tensor beside the model's."""
+
+
+class Where(msgspec.Struct, frozen=True):
+    """Of which job somebody asks where to begin."""
+
+    job: str
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """The last checkpoint, None where there is none."""
+
+    checkpoint: Blob | None
+
+
+BEGIN = Method("train.begin", Where, Begin)
+
+
+@dataclass(slots=True)
+class _Course:
+    """A job at this node."""
+
+    border: Border
+    layout: Layout
+    passed: list[Passed] = field(default_factory=list)
+    news: trio.Event = field(default_factory=trio.Event)
+    error: MycelError | None = None
+
+    def tell(self) -> None:
+        """Wake who reports."""
+        self.news.set()
+        self.news = trio.Event()
+
+
+class TrainRunner:
+    """See `Runner`."""
+
+    kind = TrainSpec.KIND
+
+    def __init__(self, services: Services, trainers: Trainers, owner: Owner, together: Together) -> None:
+        self._services = services
+        self._trainers = trainers
+        self._owner = owner
+        self._together = together
+        self._begins: dict[str, Begin] = {}
+        self._courses: dict[str, _Course] = {}
+        self._changed = trio.Event()
+        services.rpc.serve(BEGIN, self._tell_begin)
+
+    async def check(self, spec: Spec, files: Mapping[str, bytes | Path]) -> None:
+        """See `Checker.check`."""
+        keys = _spec_of(spec)
+        if (keys.data is None) == (keys.offered is None):
+            raise JobInvalid(
+                "give one of data (a file that you bring) and offered (the name under which owners offer it)"
+            )
+        try:
+            Source(keys.app, {BUNDLE_ENTRY: b"app"} if keys.code is not None else {}).check()
+        except UsageProblem as error:
+            raise JobInvalid(str(error)) from None
+
+    # --- a participant
+
+    async def take_part(self, job: Job, context: Context) -> None:
+        """See `Runner.take_part`."""
+        try:
+            await self._train(job, context)
+        except (MycelError, EngineLost, ValueError) as error:
+            course = self._courses.get(job.id)
+            if course is not None:
+                course.error = (
+                    error if isinstance(error, MycelError) else Refused(str(error), reason="trainer")
+                )
+                course.tell()
+            context.log(f"takes no part any more: {error}")
+        finally:
+            self._courses.pop(job.id, None)
+
+    async def _train(self, job: Job, context: Context) -> None:
+        from mycel.compute.train.course import run_course
+
+        spec = _spec_of(job.spec)
+        source = await self._source(job, context)
+        async with self._data(job, context) as data:
+            begin = await self._ask_begin(job, context)
+            border, layout = await self._border(job, context, source, begin)
+            course = self._courses[job.id] = _Course(border, layout)
+            self._changed.set()
+            self._changed = trio.Event()
+
+            async def work(weights: Flat, steps: int, done: int) -> tuple[Flat, float]:
+                settings = {**spec.settings, "batch": spec.batch, "steps": steps, "done": done,
+                            "total": spec.steps, "keeps_optimizer": True}  # fmt: skip
+                seed = _seed_of(spec.seed, context.mesh.peer_id, done)
+                tensor = Tensor("float32", (layout.size,), weights.data.cast("B"))
+                ask = WorkAsk(spec.app, job.id, done, layout, tensor, settings, seed, str(data), True, False)
+                result = await self._trainers.work(source, ask, STEP_S_MAX)
+                assert result.update is not None, "training was asked for"
+                from mycel.compute.train.rows import row_of
+
+                arrived = row_of(result.update.data, layout) + weights
+                return arrived, result.metrics.get("loss", math.nan)
+
+            def on_border(passed: Passed) -> None:
+                course.passed.append(passed)
+                course.tell()
+
+            group = self._together.group(f"job/{job.id}", least=spec.peers)
+            async with group as (members, state):
+                await run_course(members, state, border, work, outer_steps(spec), on_border)
+                await trio.sleep_forever()  # until the job ends: who comes late finds somebody
+
+    async def _source(self, job: Job, context: Context) -> Source:
+        """Raises `Refused` ("untrusted")."""
+        spec = _spec_of(job.spec)
+        if spec.code is None:
+            return Source(spec.app).check()
+        if job.submitter not in (context.mesh.peer_id, *self._owner.trusted):
+            raise Refused(
+                f"job {job.id[:8]} brings code of {context.label(job.submitter)}, whom this node's owner does "
+                "not trust by name (trust_submitters)",
+                reason="untrusted",
+            )
+        return Source(spec.app, {BUNDLE_ENTRY: await context.fetch(job.inputs["code"])}).check()
+
+    @asynccontextmanager
+    async def _data(self, job: Job, context: Context) -> AsyncIterator[Path]:
+        """Where the data stands. Raises `Refused` ("no-data")."""
+        spec = _spec_of(job.spec)
+        if spec.offered is not None:
+            if spec.offered not in self._owner.data:
+                raise Refused(f"this node's owner offers no data named {spec.offered!r}", reason="no-data")
+            yield self._owner.data[spec.offered]
+            return
+        content = await context.fetch(job.inputs["data"])
+        with tempfile.TemporaryDirectory(prefix="mycel-data-") as folder:
+            path = Path(folder) / Path(spec.data or "data").name
+            await trio.to_thread.run_sync(path.write_bytes, content)
+            yield path
+
+    async def _ask_begin(self, job: Job, context: Context) -> Begin:
+        while True:
+            try:
+                coordinator = context.coordinator
+                if coordinator == context.mesh.peer_id:
+                    if job.id in self._begins:
+                        return self._begins[job.id]
+                else:
+                    return await context.rpc.call(coordinator, BEGIN, Where(job.id), deadline_s=ASK_S * 5)
+            except MycelError:  # nobody coordinates yet, or not for long: the next one will know
+                pass
+            await trio.sleep(ASK_S)
+
+    async def _border(
+        self, job: Job, context: Context, source: Source, begin: Begin
+    ) -> tuple[Border, Layout]:
+        """The state to begin with."""
+        from mycel.compute.train.border import Border, BorderOptions
+        from mycel.compute.train.rows import from_safetensors, row_of
+
+        spec = _spec_of(job.spec)
+        blob = begin.checkpoint or job.inputs.get("model")
+        momentum: Flat | None = None
+        steps = 0
+        if blob is not None:
+            flat, layout, extra = from_safetensors(await context.fetch(blob))
+            if layout.entries[-1].name == MOMENTUM:
+                layout = msgspec.structs.replace(layout, entries=layout.entries[:-1])
+                flat, momentum = flat[: layout.size], flat[layout.size :]
+            steps = int(extra.get("steps", "0")) if begin.checkpoint is not None else 0
+        else:
+            begun = await self._trainers.start_model(
+                source, StartAsk(spec.app, dict(spec.settings), spec.seed)
+            )
+            layout, flat = begun.layout, row_of(begun.model.data, begun.layout)
+        codec = None if spec.codec == "none" else spec.codec
+        border = Border(flat, BorderOptions(every=spec.inner_steps, codec=codec))
+        if momentum is not None:
+            border.state()["momentum"][:] = momentum
+        border.state()["steps"][0] = steps
+        return border, layout
+
+    def _tell_begin(self, call: Call, where: Where) -> Begin:
+        if where.job not in self._begins:
+            raise Refused(f"this node does not coordinate job {where.job[:8]}", reason="unknown-job")
+        return self._begins[where.job]
+
+    # --- the coordinator
+
+    async def coordinate(self, job: Job, context: Context) -> None:
+        """See `Runner.coordinate`. Raises `Refused` where this node takes no part: another one shall."""
+        spec = _spec_of(job.spec)
+        if not self._services.takes_part:
+            raise Refused("this node's owner does not let it work for jobs", reason="takes-no-part")
+        last = await context.resume()
+        self._begins[job.id] = Begin(None if last is None else msgspec.msgpack.decode(last, type=Blob))
+        try:
+            course = await self._course_of(job.id)
+            await self._follow(course, spec, context)
+            await self._finish(course, context)
+        finally:
+            del self._begins[job.id]
+
+    async def _course_of(self, job: str) -> _Course:
+        while job not in self._courses:
+            await self._changed.wait()
+        return self._courses[job]
+
+    async def _follow(self, course: _Course, spec: TrainSpec, context: Context) -> None:
+        """Report and keep checkpoints until the last border."""
+        until = outer_steps(spec)
+        kept_at = trio.current_time()
+        told = 0
+        while course.border.steps < until or told < len(course.passed):
+            if course.error is not None:
+                raise JobFailed(str(course.error))
+            for passed in course.passed[told:]:
+                figures = {"loss": passed.loss, "peers": float(passed.members), "way": passed.step.length}
+                context.report(passed.step.number, figures, steps=until)
+            told = len(course.passed)
+            if trio.current_time() >= kept_at + CHECKPOINT_S:
+                kept_at = trio.current_time()
+                blob = await context.keep(_checkpoint(course))
+                await context.checkpoint(msgspec.msgpack.encode(blob), [blob])
+            if told == len(course.passed) and course.border.steps < until:
+                await course.news.wait()
+
+    async def _finish(self, course: _Course, context: Context) -> None:
+        from mycel.compute.train.rows import to_safetensors
+
+        await context.artefact("model.safetensors", to_safetensors(course.border.weights, course.layout))
+        await context.artefact("checkpoint.safetensors", _checkpoint(course))
+        rows = [
+            {"step": passed.step.number, "loss": passed.loss, "peers": passed.step.contributors}
+            for passed in course.passed
+        ]
+        await context.artefact("borders.json", json.dumps(rows, indent=1).encode())
+
+
+def outer_steps(spec: TrainSpec) -> int:
+    """Borders until the job is done."""
+    return -(-spec.steps // spec.inner_steps)
+
+
+def _checkpoint(course: _Course) -> bytes:
+    import numpy as np
+
+    from mycel.compute.train.layout import Entry
+    from mycel.compute.train.rows import to_safetensors
+
+    state = course.border.state()
+    both = np.concatenate([state["weights"], state["momentum"]])
+    entries = (*course.layout.entries, Entry(MOMENTUM, (course.layout.size,)))
+    layout = msgspec.structs.replace(course.layout, entries=entries)
+    return to_safetensors(both, layout, {"steps": str(course.border.steps)})
+
+
+def _seed_of(seed: int, peer: str, done: int) -> int:
+    """Another one for every peer and request: everybody draws batches of its own."""
+    import hashlib
+
+    told = f"{seed}/{peer}/{done}".encode()
+    return int.from_bytes(hashlib.sha256(told).digest()[:6], "big")
+
+
+def _spec_of(spec: Spec) -> TrainSpec:
+    assert isinstance(spec, TrainSpec), "a train job's spec"
+    return spec
