@@ -56,8 +56,7 @@ from mycel.node.discovery import Discovery
 from mycel.node.documents import DocumentService
 from mycel.node.gather import Gather
 from mycel.node.host import Host
-from mycel.node.jobs.federate import federating
-from mycel.node.jobs.open import open_jobs
+from mycel.node.jobs.open import learners, open_jobs
 from mycel.node.lapse import end_lapsed
 from mycel.node.lend import EngineFactory, Lender
 from mycel.node.memory import Memory, VolatileMemory
@@ -146,8 +145,8 @@ async def run(
     node = Node(config, membership, host, rpc, board, stages, generator, contacts, gather, lender, reach,
                 discovery, documents.documents, blocks, catalog)  # fmt: skip
     node.together = Together(host, rpc, papers.open_lanes)
-    federate = federating(papers.start_trainer, config.data, config.trust_submitters)
-    node.jobs = open_jobs(node, papers.memory, federate)
+    learn = learners(papers.start_trainer, config.data, config.trust_submitters, node.together)
+    node.jobs = open_jobs(node, papers.memory, learn)
     node.capacity = Capacity(node, papers.memory)
     async with trio.open_nursery() as nursery:
         for service in (host, rpc, reach, board, hearsay, documents, links, stages, generator, gather,

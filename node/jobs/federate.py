@@ -11,7 +11,7 @@ What needs numpy is loaded when this node coordinates its first federated job, n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,17 +190,6 @@ class BlobKeep:
     async def resume(self) -> bytes | None:
         """See `Keep.resume`."""
         return await self._context.resume()
-
-
-def federating(
-    start: Callable[[], Trainer] | None, data: Sequence[str], trusted: Sequence[str]
-) -> list[Callable[[Services], FederateRunner]]:
-    """What makes the runner, from the config's `data` and `trust_submitters`; nothing where `start` is None
-    and no trainer can be started."""
-    if start is None:
-        return []
-    trainers = Trainers(start)
-    return [lambda services: FederateRunner(services, trainers, owner_of(data, trusted))]
 
 
 def source_of(spec: FederateSpec, code: bytes | None) -> Source:
