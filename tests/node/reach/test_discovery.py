@@ -48,6 +48,9 @@ def test_who_can_be_called_answers_and_who_cannot_only_asks_and_that_may_change(
         assert (await home.discovery.put("word", b"from home")).replicas == 2
         found = await founder.discovery.get(home.host.peer_id, "word")
         assert found.value == b"from home"
+        large = bytes(range(256)) * 1024
+        assert (await home.discovery.put("large", large)).replicas == 2
+        assert (await founder.discovery.get(home.host.peer_id, "large")).value == large
 
         home.reach.set_mapped([t.forward("home")])
         await t.until(lambda: home.discovery.kad.is_serving and spoken(founder, home), 30)
@@ -139,10 +142,10 @@ def test_a_node_that_starts_again_needs_no_bootstrap_peer(town):
 
 
 async def ask(stream, *messages):
-    """The answers to `messages`, one after the other over one stream."""
+    """The answers to `messages`, which are sent at once over one stream."""
     answers, data = [], b""
-    for message in messages:
-        await stream.send(write(message))
+    await stream.send(b"".join(map(write, messages)))
+    for _ in messages:
         while (cut := varint.split_prefixed(data, 1 << 20)) is None:
             data += await stream.receive_some()
         data = data[cut[1] :]
@@ -175,12 +178,17 @@ def test_what_a_hostile_member_sends_is_refused_counted_and_bounded(town):
         answers = await ask(stream, *bad, Message(Kind.ADD_PROVIDER, b"key", providers=(other,)))
         assert not any(answer.record or answer.providers for answer in answers)
         flood = LIMITS.author_bytes // LIMITS.value_bytes + 8
-        for number in range(flood):
-            await ask(stream, put(f"{number}", value=bytes(LIMITS.value_bytes)))
-            await trio.sleep(0.005)
-        for number in range(LIMITS.provider_keys + 8):
-            await ask(stream, Message(Kind.ADD_PROVIDER, b"%d" % number, providers=(own,)))
-            await trio.sleep(0.005)
+        puts = [put(f"{number}", value=bytes(LIMITS.value_bytes)) for number in range(flood)]
+        adds = [
+            Message(Kind.ADD_PROVIDER, b"%d" % number, providers=(own,))
+            for number in range(LIMITS.provider_keys + 8)
+        ]
+        for start in range(0, len(puts), 12):
+            await ask(stream, *puts[start : start + 12])
+            await trio.sleep(0.1)
+        for start in range(0, len(adds), 24):
+            await ask(stream, *adds[start : start + 24])
+            await trio.sleep(0.1)
         await stream.aclose()
         rude = await host.open_stream(victim.host.peer_id, KAD_PROTOCOL)
         await rude.send(write(Message(Kind.PING)) * 100)
