@@ -22,7 +22,7 @@ import trio
 from mycel.compute.train.client import FederatedClient, Owner, Terms
 from mycel.compute.train.orders import FIRST, Claim
 from mycel.compute.train.rounds import RoundRules
-from mycel.compute.train.trade import BUNDLE_ENTRY, Begun, Source, Trainer
+from mycel.compute.train.trade import BUNDLE_ENTRY, Begun, Source
 from mycel.compute.train.trainer import Trainers
 from mycel.node.jobs.kinds import FederateSpec, Spec
 from mycel.node.jobs.lease import Lease

@@ -173,8 +173,8 @@ class TrainRunner:
             return Source(spec.app).check()
         if job.submitter not in (context.mesh.peer_id, *self._owner.trusted):
             raise Refused(
-                f"job {job.id[:8]} brings code of {context.label(job.submitter)}, whom this node's owner does "
-                "not trust by name (trust_submitters)",
+                f"job {job.id[:8]} brings code of {context.label(job.submitter)}, whom this node's owner "
+                "does not trust by name (trust_submitters)",
                 reason="untrusted",
             )
         return Source(spec.app, {BUNDLE_ENTRY: await context.fetch(job.inputs["code"])}).check()
