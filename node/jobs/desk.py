@@ -8,7 +8,7 @@ document names those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import trio
@@ -84,8 +84,8 @@ class Desk:
         self._news = trio.Event()
         self.lost = 0
         """Writes that found no room."""
-        self.make_room: Callable[[], str | None] = lambda: None
-        """Names a job that need not stand in this node's document any more, each once."""
+        self.make_room: Callable[[Sequence[str]], str | None] = lambda gone: None
+        """Names a job that need not stand in this node's document any more, beside those that are gone."""
 
     async def run(self) -> None:
         """Write what waits, until cancelled."""
@@ -130,9 +130,9 @@ class Desk:
         self._news.set()
 
     def own_jobs(self) -> list[str]:
-        """Jobs of which something stands in this node's document, in order."""
-        facts = self._documents.read(PREFIX)
-        return sorted({fact.key.split("/")[1]: None for fact in facts if fact.author == self._mesh.peer_id})
+        """Jobs of which something stands in this node's document, or is about to, in order."""
+        own = [fact.key for fact in self._documents.read(PREFIX) if fact.author == self._mesh.peer_id]
+        return sorted({key.split("/")[1]: None for key in (*own, *self._waiting)})
 
     def forget(self, job: str) -> None:
         """Say nothing of a job any more."""
@@ -162,12 +162,14 @@ class Desk:
         waiting = {**self._waiting, **changes}
         if not waiting:
             return
+        gone: list[str] = []
         while True:
             try:
                 self._documents.write(waiting)
             except LimitExceeded as error:
-                job = self.make_room()
+                job = self.make_room(gone)
                 if job is not None:
+                    gone.append(job)
                     self._journals.pop(job, None)
                     waiting.update(dict.fromkeys(self._own_keys(job)))
                     continue
@@ -180,5 +182,6 @@ class Desk:
             return
 
     def _own_keys(self, job: str) -> list[str]:
-        facts = self._documents.read(f"{PREFIX}{job}/")
-        return [fact.key for fact in facts if fact.author == self._mesh.peer_id]
+        prefix = f"{PREFIX}{job}/"
+        own = [fact.key for fact in self._documents.read(prefix) if fact.author == self._mesh.peer_id]
+        return [*own, *(key for key in self._waiting if key.startswith(prefix))]

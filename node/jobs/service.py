@@ -331,10 +331,11 @@ class Jobs:
         del self._attended[job]
         self._tidy()
 
-    def _make_room(self) -> str | None:
+    def _make_room(self, gone: Sequence[str]) -> str | None:
         """The job that ended longest ago of those that this node speaks of, or one that nobody knows."""
         assert self._tools is not None
-        own = [job for job in self._tools.desk.own_jobs() if job not in self._attended]
+        kept = [*self._attended, *gone]
+        own = [job for job in self._tools.desk.own_jobs() if job not in kept]
         known = [job.id for entry, job in self.book.entries() if entry.is_ended]
         unknown = [job for job in own if self.book.get(job) is None]
         return next((job for job in [*unknown, *known] if job in own), None)
