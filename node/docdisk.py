@@ -63,8 +63,7 @@ class DiskStore:
     @classmethod
     async def open(cls, path: Path) -> DiskStore:
         """Open or make the file. Raises `UsageProblem` for one that is damaged or none of ours."""
-        path.touch(mode=0o600)  # what belongs to it gets the same mode
-        store = await trio.to_thread.run_sync(SqliteStore, path)
+        store = await trio.to_thread.run_sync(_open, path)
         return cls(store, await trio.to_thread.run_sync(store.load))
 
     # --- DocumentStore
@@ -154,3 +153,8 @@ class DiskStore:
         for author, kept in batch.documents.items():
             newer = self._queue.documents.get(author, kept)
             self._queue.documents[author] = Kept(newer.whole, newer.anew or kept.anew)
+
+
+def _open(path: Path) -> SqliteStore:
+    path.touch(mode=0o600)  # what SQLite puts beside it gets the same mode
+    return SqliteStore(path)

@@ -47,6 +47,10 @@ class Signer:
         return self.now
 
 
+def modes_in(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+
 def anybody(author: PeerId, chain: bytes) -> bool:
     return True
 
@@ -110,7 +114,7 @@ async def test_what_is_synced_is_on_disk_in_the_order_it_was_written(tmp_path: P
         for n in range(50):
             library.write({f"k{n % 7}": b"%d" % n})
         await library.synced()
-        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        assert modes_in(tmp_path) == {0o600}
         other = SqliteStore(tmp_path / "documents.db")
         assert other.load() == library.since(signer.peer_id, NOWHERE)
         other.close()
