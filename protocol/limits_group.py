@@ -25,17 +25,22 @@ class GroupLimits:
     """Tries of one operation. With one death each that is a group's end; without, something does not work."""
 
     grace_s: float = 0.2
-    """A member whose connection was lost, or whom somebody suspects, may be back within this before the next
-    epoch leaves it out: the error is told within 0.3 s of a reset, and tried again within 0.5 s."""
+    """A member whose connection was lost may be back within this before the next epoch leaves it out: an
+    operation is tried again within 0.5 s."""
 
-    patience_s: float = 1.0
-    """How long a connected member that nobody suspects may take to answer about the next epoch."""
+    doubt_s: float = 1.0
+    """A member whom somebody suspects, or misses, may take this long to answer."""
+
+    patience_s: float = 5.0
+    """How long a connected member that nobody suspects may take to answer about the next epoch. A dead one's
+    connection ends before, so this is for those that are busy."""
 
     stagger_s: float = 0.25
     """Members propose the next epoch one after the other, so far apart, in the order of the epoch."""
 
-    change_s: float = 1.0
-    """Whoever promised its voice to somebody proposes itself when nothing came of it after this."""
+    change_s: float = 6.0
+    """Whoever promised its voice to somebody who is connected proposes itself when nothing came of it after
+    this: longer than the other may wait for answers."""
 
     remind_s: float = 1.0
     """What is not answered is said again. Calls do not get lost without a connection's end, so this is

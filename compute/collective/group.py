@@ -106,6 +106,8 @@ class Membership:
         self._early: dict[bytes, list[tuple[PeerId, Placed]]] = {}
         self._remind_at = math.inf
         self._greeted = 0
+        self._met: dict[PeerId, None] = {}
+        """Whoever was in an epoch with this node."""
         self._look_at = math.inf
         """When somebody who knocked will have waited for long enough."""
 
@@ -241,9 +243,9 @@ class Membership:
             self._remind_at = now + self._limits.remind_s
             self._inside.ledger.remind()
             self._inside.succession.press()
-            peers = list(dict.fromkeys([*self._inside.epoch.peers, *self._door.heard]))
+            met = [peer for peer in dict.fromkeys([*self._met, *self._door.heard]) if peer in self._connected]
             self._greeted += 1  # one after the other hears where this node stands: somebody may be elsewhere
-            self._tell([peers[self._greeted % len(peers)]], self._hello())
+            self._tell(met[self._greeted % len(met) :][:1] if met else (), self._hello())
         self._after(now)
 
     @property
@@ -313,6 +315,7 @@ class Membership:
         self._inside = _Inside(epoch, place, ledger, succession)
         self._history = [*self._history, (place, epoch)][-self._limits.history :]
         self._remind_at = now + self._limits.remind_s
+        self._met.update(dict.fromkeys(epoch.peers))
         self._out.append(Entered(epoch))
         ledger.call_all()
         for peer in epoch.peers:

@@ -15,7 +15,7 @@ What a caller gets: `Outcome`, and its array holds the same bytes as everybody's
 all members: one of them will not have it, its array is as it was. Or `Fenced`: this node is not one of the
 group any more (it was silent, cut off, or stopped for a while); what the others decided it cannot know, its
 array is as it was, and it comes in again by itself as a newcomer, who must take over the others' state
-first. A caller that is cancelled has its array as it was, too.
+first. A caller that is cancelled before the end has its array as it was, too.
 """
 
 from __future__ import annotations
@@ -202,22 +202,24 @@ class Group:
             self._act()
             await operation.done.wait()
         finally:
-            del self._operations[tag]
-            if not operation.done.is_set():
+            if operation.outcome is None:
                 await self._give_up(tag, operation)
+            del self._operations[tag]
         if operation.outcome is None:
             raise operation.error or Fenced("the group is gone")
         return operation.outcome, array if operation.result is None else operation.result
 
     async def _give_up(self, tag: str, operation: Operation) -> None:
-        """The caller was cancelled: nothing touches its array after this."""
+        """It failed, or its caller was cancelled: nothing touches the array after this."""
+        if not operation.done.is_set():
+            operation.done.set()
+            self._core.withdraw(trio.current_time(), tag, f"{self._mesh.peer_id} gave it up")
         for attempt in [a for a in (*self._scopes, *self._staged) if a.tag == tag]:
             self._stop(attempt)
+        self._act()
         with trio.CancelScope(shield=True):
             async with operation.turn:
                 pass
-        self._core.withdraw(trio.current_time(), tag, f"{self._mesh.peer_id} gave it up")
-        self._act()
 
     # What the membership wants done
 

@@ -17,9 +17,9 @@ calls `sync` once more when the reduction has been applied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,6 +46,8 @@ from mycel.protocol.tensor import Tensor
 if TYPE_CHECKING:
     from trio._core._run import TaskStatus
 
+Result = TypeVar("Result")
+
 SERVERS = 4
 """Members that one who lacks the state fetches it from, and that therefore keep a copy."""
 
@@ -55,8 +57,8 @@ ASKED = 4
 CHUNK_S = 20.0
 """A chunk takes 4 s at 2 Mbit/s; whoever does not send one within this is asked no more."""
 
-INLINE_BYTES = 1 << 20
-"""States up to this are hashed in trio's thread."""
+INLINE_BYTES = 8 << 20
+"""States up to this are hashed and copied in trio's thread, in 10 ms; larger ones beside it."""
 
 
 class StateLost(MycelError):
@@ -128,7 +130,7 @@ class SharedState:
         """
         await self._group.border(tag="state/border")
         self._copies.clear()
-        inventory = await _stock_of(state)
+        inventory = await _beside(state, take_stock)
         own = np.frombuffer(self._syncs.to_bytes(8, "big") + root_of(inventory), np.uint8)
         outcome, gathered = await self._group.all_gather(own, tag="state/roots")
         told = [row.tobytes() for row in gathered.reshape(len(outcome.contributors), -1)]
@@ -141,7 +143,7 @@ class SharedState:
         if me in behind:
             await self._fetch(state, inventory, chosen[8:], holders)
         elif behind and me in holders[:SERVERS]:
-            data = [bytes(bytes_of(state[holding.name])) for holding in inventory]
+            data = await _beside(state, _copy_of)
             self._copies[chosen[8:]] = _Copy(inventory, data)
             self._kept.unpark_all()
         self._syncs = int.from_bytes(chosen[:8], "big") + 1
@@ -180,9 +182,8 @@ class SharedState:
             if not left:
                 raise StateLost("; ".join(failures.values()) or "nobody holds the group's state; sync again")
             async with trio.open_nursery() as nursery:
-                for peer in left:
-                    for _ in range(ASKED):
-                        nursery.start_soon(ask, peer)
+                for peer in left * ASKED:
+                    nursery.start_soon(ask, peer)
         for (tensor, chunk), data in came.items():
             bytes_of(state[theirs[tensor].name])[span_of(chunk)] = data
 
@@ -228,7 +229,12 @@ def _choose(told: list[bytes]) -> bytes:
     return max(dict.fromkeys(words), key=words.count)
 
 
-async def _stock_of(state: Mapping[str, Array]) -> Inventory:
+def _copy_of(state: Mapping[str, Array]) -> list[bytes]:
+    return [bytes(bytes_of(state[name])) for name in sorted(state)]
+
+
+async def _beside(state: Mapping[str, Array], work: Callable[[Mapping[str, Array]], Result]) -> Result:
+    """What `work` makes of `state`, without holding trio's thread up."""
     if sum(array.nbytes for array in state.values()) <= INLINE_BYTES:
-        return take_stock(state)
-    return await trio.to_thread.run_sync(take_stock, state)
+        return work(state)
+    return await trio.to_thread.run_sync(work, state)

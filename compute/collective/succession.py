@@ -3,8 +3,8 @@
 What may be proposed, and what counts as settled, is `mycel.compute.collective.successor`'s; here is the
 course of it: whoever misses a member, or hears that an attempt broke, wants the next epoch. The members
 propose one after the other in the epoch's order, each waiting for the ones before it. A proposer waits for
-promises: of members that are connected for `patience_s`, of those that are lost or suspected for `grace_s`,
-in which they may be back. Messages that are lost are said again with every `press`.
+promises: of members that are connected for `patience_s`, of suspected ones for `doubt_s`, of those that are
+lost for `grace_s`, in which they may be back. Messages that are lost are said again with every `press`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Succession:
             why = f"{peer} is not connected to {self._me}"
             self._tell(self.here, Suspect(self._place, peer, why))  # who comes first may not have noticed
             self.want(now, why)
+            if self._acceptor.promised[1] == peer:  # nothing comes of what it proposed
+                self._begin_at = min(self._begin_at, now + self._limits.stagger_s * self.rank())
 
     def find(self, peer: PeerId) -> None:
         """It is back; what was said meanwhile may be lost, so the next epoch is wanted all the same."""
@@ -191,19 +193,24 @@ class Succession:
             self.press()
         if proposal.has_quorum(self._epoch, self._quorum):
             self.settled = proposal.value
-        elif now >= proposal.since + self._limits.change_s:
-            self.propose(now, admits=proposal.admits)  # somebody who was to accept is gone
+            return
+        again_at = proposal.since + self._limits.change_s
+        if self._quorum == "any":  # everybody who was to accept must, or there is another value to propose
+            missing = [p for p in proposal.voters(self._epoch, "any") if p not in proposal.accepted]
+            again_at = min(again_at, *(self._until(proposal, peer) for peer in missing))
+        if now >= again_at:
+            self.propose(now, admits=proposal.admits)
         else:
-            self._wake_at = proposal.since + self._limits.change_s
+            self._wake_at = again_at
 
     def _until(self, proposal: Proposal, peer: PeerId) -> float:
         """How long `peer` is waited for."""
-        if peer in proposal.promises:
+        if peer in proposal.promises and proposal.value is None:
             return -math.inf
         if peer in self._lost:
             return self._lost[peer] + self._limits.grace_s
         is_suspect = peer in self._suspects
-        return proposal.since + (self._limits.grace_s if is_suspect else self._limits.patience_s)
+        return proposal.since + (self._limits.doubt_s if is_suspect else self._limits.patience_s)
 
     def _on_prepare(self, now: float, peer: PeerId, ballot: Ballot) -> None:
         if ballot[1] != peer or not self._acceptor.promise(ballot):

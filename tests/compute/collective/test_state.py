@@ -111,7 +111,7 @@ async def test_a_newcomer_gets_the_groups_state_from_several_while_they_go_on(sw
         assert (fresh.state["big"] == 1.0).all()
         assert fresh.shared.fetched_bytes == 5 * CHUNK_BYTES  # the small tensor was equal
         served = [b - a for a, b in zip(calls, world.calls_of(members, "state.get/demo"), strict=True)]
-        assert all(served), f"chunks came from {served}"
+        assert sum(count > 0 for count in served) > 1, f"chunks came from {served}"
         fresh.state["big"][:] = 7.0
         await sync_all([*members, fresh])
         same_state([*members, fresh])
