@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT: tuple[str, tuple[str, ...]] = ("mycel", ("test",))
+ROOT: tuple[str, tuple[str, ...]] = ("mycel", ("test", "bench", "demo"))
 
 
 def normalized(name: str) -> str:

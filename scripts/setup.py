@@ -89,7 +89,7 @@ def install() -> None:
     say("2 of 3: what builds the package")
     pip("setuptools")
     say("3 of 3: mycel and what it and its tests need")
-    pip("--no-build-isolation", "--editable", f"{ROOT}[test]")
+    pip("--no-build-isolation", "--editable", f"{ROOT}[test,bench,demo]")
     # trio-typing, which py-libp2p brings, ships stubs of an old trio that hide the types in trio itself.
     for stubs in VENV.glob("lib/python3*/site-packages/trio-stubs"):
         shutil.rmtree(stubs)
