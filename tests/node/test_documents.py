@@ -14,14 +14,16 @@ from mycel.dht.doc.library import Library
 from mycel.dht.doc.message import NOWHERE
 from mycel.dht.doc.store import SqliteStore, VolatileStore
 from mycel.node.docdisk import DiskStore
-from mycel.node.documents import Authors
+from mycel.node.documents import Authors, DocumentService
 from mycel.node.running import Node
 from mycel.protocol.chain import Chain, Grant, certify_peer, encode_chain
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.identity import SigningKey
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.membership import Membership, found_swarm
+from mycel.protocol.membership import Credentials, Membership, found_swarm
 from mycel.protocol.mesh import Access, PeerId
+from mycel.protocol.rpc import Rpc
+from mycel.simnet.mesh import MeshOptions, mesh_world
 
 NodeMaker = Callable[..., AbstractAsyncContextManager[Node]]
 Until = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -102,6 +104,30 @@ def test_a_membership_counts_as_long_as_it_lasts_and_only_for_its_author() -> No
         assert not authors.may_write(peer, b"")
     signer.now += 3600 + 301
     assert not any(authors.may_write(peer, chain_of(peer, Access.MEMBER)) for peer in peers)
+
+
+async def test_a_document_goes_with_its_authors_membership(autojump_clock: trio.testing.MockClock) -> None:
+    root = SigningKey(bytes(31) + b"\x07")
+    async with mesh_world(MeshOptions(seed=1)) as world, trio.open_nursery() as nursery:
+        a, b = [world.add(name) for name in "ab"]
+        services = []
+        for mesh, life_s in ((a, 60), (b, 86400)):
+            grant = Grant(Access.MEMBER, int(mesh.wall()), int(mesh.wall()) + life_s, "", by_ticket=False)
+            chain = Chain((certify_peer(root, root.public, mesh.peer_id, grant),))
+            membership = Membership(Credentials(mesh.peer_id, root.public, chain), mesh.wall)
+            rpc = Rpc(mesh)
+            service = DocumentService(mesh, rpc, membership, VolatileStore())
+            services.append(service.documents)
+            await nursery.start(rpc.run)
+            await nursery.start(service.run)
+        await a.connect(b.listen_addrs)
+        services[0].write({"k": b"1"})
+        await trio.sleep(60)
+        assert [fact.value for fact in services[1].read("k")] == [b"1"]
+        await trio.sleep(320)  # over its end, and what clocks may differ by
+        assert services[1].read("k") == []
+        assert services[0].read("k") != []  # its own stays
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_is_synced_is_on_disk_in_the_order_it_was_written(tmp_path: Path) -> None:
