@@ -189,6 +189,7 @@ def measure_kills(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
     last = max(line["at"] for line in works)
     figures = {
         "after_kill_s": closed["at"] - last,
+        "notice_s": next(line["took_over"] for line in standby.heard if "took_over" in line) - first["at"],
         "kill_to_round_s": closed["at"] - first["at"],
         "survivors_counted": closed["clients"],
         "works_of_that_round": len(works),

@@ -148,6 +148,7 @@ async def coordinate(
         async with host.events() as events:
             async for event in events:
                 if isinstance(event, PeerDown) and event.peer == asked["watch"]:
+                    say(took_over=time.monotonic())
                     break
     before = list(network.count)
 

@@ -49,6 +49,8 @@ from mycel.protocol.limits_train import DEFAULT_FEDERATED_LIMITS
 from mycel.protocol.mesh import Mesh, PeerId
 from mycel.protocol.rpc import Rpc
 
+SETTLE_S = 1.5
+"""How long the first round waits for members to say whether they take part."""
 SMALL_BYTES = 4 * MIB
 """Rows up to this are looked through at once; larger ones in a thread, so that streams go on."""
 
@@ -143,7 +145,8 @@ class Coordinator:
             await nursery.start(self._pool.run)
             nursery.start_soon(self._follow_pool)
             try:
-                await self._pool.wait_settled()
+                with trio.move_on_after(SETTLE_S):
+                    await self._pool.wait_settled()
                 while self._standing.number < self._plan.rounds:
                     await self._round()
                 if self._plan.evaluate_every:

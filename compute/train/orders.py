@@ -155,6 +155,6 @@ class Up(msgspec.Struct, frozen=True):
     piece: Tensor | None = None
 
 
-OFFER = Method("train.offer", Claim, Offered, idempotent=True)
+OFFER = Method("train.offer", Claim, Offered)
 FIRST = Method("train.first", Claim, Begun)
 ROUND = Method("train.round", Down, Up, kind=Kind.BIDI)

@@ -35,7 +35,7 @@ class Pool:
         self._log = log
         self._limits = limits
         self._clients: dict[PeerId, None] = {}
-        self._asking: dict[PeerId, None] = {}
+        self._asking: dict[PeerId, trio.CancelScope] = {}
         self._said: dict[PeerId, str] = {}
         self._changed = trio.Event()
         self._looked = False
@@ -88,12 +88,15 @@ class Pool:
 
     def _begin(self, nursery: trio.Nursery, peer: PeerId) -> None:
         if peer not in self._clients and peer not in self._asking:
-            self._asking[peer] = None
+            self._asking[peer] = trio.CancelScope()
             nursery.start_soon(self._ask, peer)
 
     async def _ask(self, peer: PeerId) -> None:
+        said_yes = False
         try:
-            await self._rpc.call(peer, OFFER, self._claim, deadline_s=self._limits.call_s)
+            with self._asking[peer]:
+                await self._rpc.call(peer, OFFER, self._claim, deadline_s=self._limits.call_s)
+                said_yes = True
         except MycelError as error:
             if self._said.get(peer) != str(error):
                 self._said[peer] = str(error)
@@ -102,11 +105,13 @@ class Pool:
         finally:
             del self._asking[peer]
             self._tell()
-        if peer == self._mesh.peer_id or peer in self._mesh.peers:
+        if said_yes and (peer == self._mesh.peer_id or peer in self._mesh.peers):
             self._clients[peer] = None
             self._tell()
 
     def _out(self, peer: PeerId) -> None:
+        if peer in self._asking:
+            self._asking[peer].cancel()
         if self._clients.pop(peer, 0) is None:
             self._tell()
 

@@ -40,6 +40,8 @@ TENSOR_SIDE = (
     "compute/worker_serve.py",
     "compute/train/app.py",
     "compute/train/apps/",
+    "compute/train/diloco.py",
+    "compute/train/flat.py",
 )
 """What may hold tensors; everything else runs in the daemon, which starts without torch."""
 ARRAY_SIDE = ("compute/collective/", "compute/train/")
