@@ -281,9 +281,7 @@ def test_a_lost_disk_comes_back_from_others(signer_of: Signers) -> None:
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_who_writes_before_it_compared_keeps_what_others_had_of_it(
-    signer_of: Signers, restarts: bool
-) -> None:
+def test_who_writes_before_it_compared_keeps_what_others_had(signer_of: Signers, restarts: bool) -> None:
     a, b = signer_of(1), signer_of(2)
     first, rb = library_of(a), library_of(b)
     first.write({"jobs/1": b"old", "member": b"old"})
