@@ -52,7 +52,7 @@ def train(task: Task) -> Trained:
     torch.manual_seed(task.seed)
     for step in range(steps):
         set_rates(task, optimizers, step)
-        rows = pieces[torch.from_numpy(rng.integers(len(pieces), size=batch))]
+        rows = pieces[torch.from_numpy(rng.integers(len(pieces), size=batch))].long()
         loss = model(input_ids=rows, labels=rows).loss
         total += loss.item()
         if mu:
@@ -106,7 +106,8 @@ def evaluate(task: Task) -> Judged:
     model.eval()
     batch = int(task.setting("batch", 4))
     with torch.no_grad():
-        losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in pieces.split(batch)]
+        rows_of = (part.long() for part in pieces.split(batch))
+        losses = [model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in rows_of]
     loss = sum(losses) / max(1, len(pieces))
     return task.judged(examples=len(pieces), loss=loss, perplexity=math.exp(min(loss, 80.0)))
 
@@ -159,7 +160,7 @@ def pieces_of(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     key = f"pieces:{task.data}:{task.setting('length', 128)}"
     if key not in task.cache:
         tokens, length = tokens_of(task), int(task.setting("length", 128))
-        pieces = torch.tensor(tokens[: len(tokens) // length * length]).reshape(-1, length)
+        pieces = tokens[: len(tokens) // length * length].reshape(-1, length)
         if len(pieces) < 2:
             what = f"{len(tokens)} tokens, fewer than two pieces of {length}"
             raise UsageProblem(f"{task.data.name} has {what}")
@@ -169,8 +170,8 @@ def pieces_of(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return pair
 
 
-def tokens_of(task: Task) -> list[int]:
-    """All of this node's text as tokens."""
+def tokens_of(task: Task) -> torch.Tensor:
+    """All of this node's text as tokens: uint8 where they are bytes, else int32."""
     files = sorted(task.data.rglob("*.txt")) if task.data.is_dir() else [task.data]
     try:
         texts = [Path(file).read_bytes() for file in files]
@@ -178,7 +179,7 @@ def tokens_of(task: Task) -> list[int]:
         raise UsageProblem(f"{task.data.name} cannot be read: {error.strerror}") from error
     name = str(task.settings.get("model", ""))
     if not name or task.settings.get("bytes"):
-        return list(b"\n".join(texts))
+        return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    tokens: list[int] = tokenizer(b"\n".join(texts).decode("utf-8", "replace"))["input_ids"]
-    return tokens
+    tokens = tokenizer(b"\n".join(texts).decode("utf-8", "replace"))["input_ids"]
+    return torch.tensor(tokens, dtype=torch.int32)
