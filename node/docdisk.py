@@ -69,8 +69,9 @@ class DiskStore:
     # --- DocumentStore
 
     def load(self) -> list[Part]:
-        """See `DocumentStore.load`; as it was when the file was opened."""
-        return self._loaded
+        """See `DocumentStore.load`; as it was when the file was opened, and once."""
+        loaded, self._loaded = self._loaded, []
+        return loaded
 
     def save(self, whole: Part, kept: Version | None, *, durable: bool) -> None:
         """See `DocumentStore.save`."""

@@ -146,7 +146,8 @@ class Members:
             key: value for key, value in served.items() if held.get(key) != value
         }
         now = trio.current_time()
-        gone = [key for key in held if key.startswith(PLACEMENTS) and key not in served]
+        is_loading = any(not stage.fingerprint for stage in self._node.lender.views())
+        gone = [key for key in held if key.startswith(PLACEMENTS) and key not in served and not is_loading]
         self._gone = {key: self._gone.get(key, now) for key in gone}
         return changes | {key: None for key, since in self._gone.items() if now - since >= GONE_S}
 
