@@ -6,10 +6,11 @@
     kills       the job again with longer rounds; kill -9 of three clients and the coordinator in mid-round. A
                 second coordinator goes on: seconds from the last survivor's work to the round's end
     restart     every process killed in mid-round and started again: the round that is gone on with
+    jobs        the kill and the restart as a job of ten daemons (bench/federated_jobs.py)
 
-The second coordinator starts when the first one's connection ends, with a higher epoch; here both keep the
-job in one folder. Electors, leases and blocks that stand for these in a swarm are the business of jobs. Where
-Flower is installed its rounds belong beside these; it is not, so there is no figure for it.
+In `kills` and `restart` the second coordinator starts when the first one's connection ends, with a higher
+epoch, and both keep the job in one folder: what rounds themselves take. In `jobs` electors, leases and blocks
+stand for that. Where Flower is installed its rounds belong beside these; it is not, so there is no figure.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from digits import SETTINGS, PlainLoop, deal
 from federated_far import key_of
+from federated_jobs import measure_jobs
 from measure import report
 
 CLIENTS = 10
@@ -231,9 +234,14 @@ def measure_restart(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["rounds", "kills", "restart"])
+    parser.add_argument("--only", choices=["rounds", "kills", "restart", "jobs"])
     options = parser.parse_args()
-    parts = {"rounds": measure_rounds, "kills": measure_kills, "restart": measure_restart}
+    parts = {
+        "rounds": measure_rounds,
+        "kills": measure_kills,
+        "restart": measure_restart,
+        "jobs": partial(measure_jobs, settings=SLOW),
+    }
     chosen = [options.only] if options.only else list(parts)
     folder = Path(tempfile.mkdtemp(prefix="mycel-bench-"))
     figures: dict[str, float] = {}
