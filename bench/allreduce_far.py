@@ -11,20 +11,22 @@ import os
 import sys
 import time
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import trio
 
-from mycel.compute.collective.attempt import Attempt, Rule, Staged
+from mycel.compute.collective.attempt import Array
 from mycel.compute.collective.mover import RingMover
+from mycel.compute.collective.policy import Policy
+from mycel.compute.collective.service import Group
 from mycel.node.host import Host
 from mycel.node.lanes import LaneOptions, SocketLanes
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.mesh import Access, PeerId
+from mycel.protocol.mesh import Access
 from mycel.protocol.rpc import Rpc
 
 CODECS = {"int8": "int8", "int4": "int4"}
@@ -32,58 +34,48 @@ CODECS = {"int8": "int8", "int4": "int4"}
 
 
 class Side:
-    """A node of this process: host, calls, lanes, mover."""
+    """A node of this process, and its part in a group."""
 
-    def __init__(self, encryption: str) -> None:
+    def __init__(self, encryption: Literal["aes-128-gcm", "none"], members: int) -> None:
         self.host = Host(
             TcpNetwork(),
             OwnKey(os.urandom(32)),
             listen=["/ip4/127.0.0.1/tcp/0"],
             default_access=Access.MEMBER,
         )
-        rpc = Rpc(self.host)
-        self.lanes = SocketLanes(self.host, rpc, LaneOptions(host="127.0.0.1", encryption=encryption))  # type: ignore[arg-type]
-        self.mover = RingMover(self.host, self.lanes)
-        self.rpc = rpc
-        self.order: tuple[PeerId, ...] = ()
-        self.number = 0
-        self.agreed: Staged | None = None
+        self._rpc = Rpc(self.host)
+        self._lanes = SocketLanes(self.host, self._rpc, LaneOptions("127.0.0.1", encryption=encryption))
+        self._mover = RingMover(self.host, self._lanes)
+        self._members = members
+        self.group: Group | None = None
 
     async def start(self, nursery: trio.Nursery) -> str:
         """Run; returns the address."""
-        for service in (self.host.run, self.rpc.run, self.lanes.run, self.mover.run):
+        for service in (self.host.run, self._rpc.run, self._lanes.run, self._mover.run):
             await nursery.start(service)
         return str(self.host.listen_addrs[0])
 
-    async def meet(self, addrs: list[str], own: int) -> None:
-        """Connect with the members before this one."""
+    async def meet(self, nursery: trio.Nursery, addrs: list[str], own: int) -> None:
+        """Connect with the members before this one, and come together as a group."""
         for addr in addrs[:own]:
             await self.host.connect([addr])
-        self.order = tuple(PeerId(addr.rsplit("/", 1)[1]) for addr in addrs)
+        policy = Policy(least=self._members, founds=own == 0)
+        self.group = Group(self.host, self._rpc, self._mover, "bench", policy)
+        await nursery.start(self.group.run)
+        await self.group.gather_members(self._members)
 
-    async def reduce(
-        self, array: np.ndarray[Any, Any], into: np.ndarray[Any, Any] | None, codec: str | None
-    ) -> None:
-        """An average and a vote, as a group does them: the inputs are there until all have agreed."""
-        self.number += 1
-        attempt = Attempt("bench", 1, bytes(8), "array", self.number, self.order)
-        staged = await self.mover.all_reduce(attempt, array, Rule("float32", "avg", codec), into)
-        vote = np.ones(1, np.int8)
-        agreed = await self.mover.all_reduce(
-            Attempt("bench", 1, bytes(8), "vote", self.number, self.order), vote, Rule("int8", "min")
-        )
-        assert vote[0] == 1
-        if self.agreed is not None:
-            self.agreed.keep()  # the one before: of this one nobody knows yet whether all have it
-        self.agreed = agreed
-        staged.keep()
+    async def reduce(self, array: Array, into: Array | None, codec: str | None) -> None:
+        """An average, voted on: the input is there until all have agreed."""
+        assert self.group is not None
+        outcome = await self.group.all_reduce(array, codec=codec, into=into)
+        assert len(outcome.contributors) == self._members
 
 
 async def serve(rank: int, members: int, port: int) -> None:
     """Answer commands."""
-    sides = {"encrypted": Side("aes-128-gcm"), "plain": Side("none")}
+    sides = {"encrypted": Side("aes-128-gcm", members), "plain": Side("none", members)}
     generator = np.random.default_rng(rank)
-    arrays: dict[int, list[np.ndarray[Any, Any]]] = {}
+    arrays: dict[int, list[Array]] = {}
 
     async def measure(way: str, mib: int) -> dict[str, Any]:
         if mib not in arrays:
@@ -113,7 +105,7 @@ async def serve(rank: int, members: int, port: int) -> None:
         print(json.dumps(addrs), flush=True)
         everybody = json.loads(await trio.to_thread.run_sync(sys.stdin.readline))
         for name, side in sides.items():
-            await side.meet(everybody[name], rank)
+            await side.meet(nursery, everybody[name], rank)
         place = f"tcp://127.0.0.1:{port}"
         begin = partial(dist.init_process_group, "gloo", init_method=place, rank=rank, world_size=members)
         await trio.to_thread.run_sync(begin)

@@ -317,6 +317,10 @@ class LaneLimits:
     """What is no longer than this travels on the connection's own streams, and is put together at one
     member instead of around the ring."""
 
+    survey_bytes: int = 2 * MIB
+    """Where each of three members or more has a larger part than this, they first tell each other how fast
+    their lines are, to agree on a ring: one round trip."""
+
     text_bytes: int = 4 * KIB
     """What a control frame says: the description of an operation, why one was given up."""
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import trio
 
-from mycel.compute.collective.arithmetic import is_finite
+from mycel.compute.collective.arithmetic import is_finite, storage
 from mycel.compute.collective.attempt import (
     Array,
     Attempt,
@@ -34,10 +35,11 @@ from mycel.compute.collective.early import Early, read_gone, write_gone
 from mycel.compute.collective.operation import Operation, Untrue
 from mycel.compute.collective.plan import Plan, Task, draw_plan
 from mycel.compute.collective.residual import Residuals
-from mycel.compute.collective.ring import Kind
+from mycel.compute.collective.ring import Kind, worthwhile_circle
 from mycel.compute.collective.stock import Stock
+from mycel.compute.collective.under_way import Held, Run
 from mycel.protocol.errors import ConnectionLost, LocalProtocolError, MycelError
-from mycel.protocol.lane import GONE, PART, READY, Body, Head, Lanes, Parcel
+from mycel.protocol.lane import GONE, PART, READY, Body, Head, Lanes
 from mycel.protocol.limits import DEFAULT_LANE_LIMITS, LaneLimits
 from mycel.protocol.mesh import Mesh, PeerDown, PeerId
 
@@ -52,61 +54,9 @@ def _nothing() -> None:
     """What there is to do where nothing is."""
 
 
-class _Run:
-    """An attempt under way, or done and held back."""
-
-    def __init__(self, operation: Operation) -> None:
-        self.operation = operation
-        self.over = trio.Event()
-        self.failure: MycelError | None = None
-        self.hint = ""
-        course, places = operation.course, operation.places
-        self.members = [peer for peer in places if peer != operation.plan.own]
-        self.sources = [places[place] for place in course.sources]
-        self.targets = [places[place] for place in course.targets]
-        self.neighbours = list(dict.fromkeys(self.sources + self.targets))
-        self._turn = threading.Lock()
-        self._waiting = {places[place]: operation.first(place) for place in course.targets}
-
-    def place_of(self, peer: PeerId) -> int | None:
-        """Where `peer` stands in the ring, None for no member."""
-        places = self.operation.places
-        return places.index(peer) if peer in places else None
-
-    @property
-    def unready(self) -> list[PeerId]:
-        """Targets that did not say that they take parts."""
-        return list(self._waiting)
-
-    def release(self, peer: PeerId) -> list[Parcel]:
-        """`peer` takes parts: what waited for that."""
-        with self._turn:
-            return self._waiting.pop(peer, [])
-
-    def now_or_later(self, parcel: Parcel) -> bool:
-        """Whether `parcel` can be sent now; it is kept until its peer is ready otherwise."""
-        with self._turn:
-            waiting = self._waiting.get(parcel.peer)
-            if waiting is None:
-                return True
-            waiting.append(parcel)
-            return False
-
-
-class _Held:
-    """A `Staged` result."""
-
-    def __init__(self, keep: Callable[[], None], drop: Callable[[], None]) -> None:
-        self._keep = keep
-        self._drop = drop
-
-    def keep(self) -> None:
-        """See `Staged.keep`."""
-        self._keep()
-
-    def drop(self) -> None:
-        """See `Staged.drop`."""
-        self._drop()
+def _telling(attempt: Attempt) -> Attempt:
+    """What its members tell each other within `attempt` before it begins."""
+    return replace(attempt, tag=f"{attempt.tag}\0lines")
 
 
 class RingMover:
@@ -129,7 +79,8 @@ class RingMover:
         self._limits = limits
         self._nonfinite = nonfinite
         self._stock = Stock(limits.stock_bytes)
-        self._runs: dict[bytes, _Run] = {}
+        self._runs: dict[bytes, Run] = {}
+        self._told: dict[Attempt, Staged] = {}
         self._early = Early(limits.early)
         self._residuals = Residuals(self._stock, limits.residuals)
         self._thread = threading.get_ident()
@@ -156,11 +107,11 @@ class RingMover:
         self, attempt: Attempt, array: Array, rule: Rule, into: Array | None = None
     ) -> Staged:
         """See `Mover.all_reduce`."""
-        plan = self._plan(Task(Kind.REDUCE, attempt, rule, array.size))
         self._check_input(rule, array)
+        plan = await self._plan(Task(Kind.REDUCE, attempt, rule, array.size))
         target = array if into is None else into
         if plan is None:
-            return _Held(partial(np.copyto, target, array), _nothing)
+            return Held(partial(np.copyto, target, array), _nothing)
         begin = partial(Operation, plan, array, target, self._stock, is_scratch=into is not None)
         if not rule.feedback or plan.codec is None:
             return await self._carry_out(begin())
@@ -173,11 +124,11 @@ class RingMover:
 
     async def reduce_scatter(self, attempt: Attempt, array: Array, part: Array, rule: Rule) -> Staged:
         """See `Mover.reduce_scatter`."""
-        plan = self._plan(Task(Kind.SCATTER, attempt, rule, array.size))
         self._check_input(rule, array)
+        plan = await self._plan(Task(Kind.SCATTER, attempt, rule, array.size))
         own = part_of(array.size, len(attempt.order), attempt.index(self._mesh.peer_id))
         if plan is None:
-            return _Held(partial(np.copyto, part, array[own]), _nothing)
+            return Held(partial(np.copyto, part, array[own]), _nothing)
         scratch = self._stock.take(array.nbytes)
         work = scratch.view(array.dtype)
 
@@ -190,39 +141,62 @@ class RingMover:
 
     async def all_gather(self, attempt: Attempt, part: Array, whole: Array, rule: Rule) -> Staged:
         """See `Mover.all_gather`."""
-        plan = self._plan(Task(Kind.GATHER, attempt, rule, whole.size))
         self._check_input(rule, part)
+        plan = await self._plan(Task(Kind.GATHER, attempt, rule, whole.size))
         if plan is None:
-            return _Held(partial(np.copyto, whole, part), _nothing)
+            return Held(partial(np.copyto, whole, part), _nothing)
         own = part_of(whole.size, len(attempt.order), attempt.index(self._mesh.peer_id))
         operation = Operation(plan, whole, whole, self._stock)
         return await self._carry_out(operation, begin=partial(operation.place_own, part, own.start))
 
     async def broadcast(self, attempt: Attempt, array: Array, root: PeerId, rule: Rule) -> Staged:
         """See `Mover.broadcast`."""
-        plan = self._plan(Task(Kind.BROADCAST, attempt, rule, array.size, root))
+        if root == self._mesh.peer_id:
+            self._check_input(rule, array)
+        plan = await self._plan(Task(Kind.BROADCAST, attempt, rule, array.size, root))
         if plan is None:
-            return _Held(_nothing, _nothing)
+            return Held(_nothing, _nothing)
         operation = Operation(plan, array, array, self._stock)
         if root != self._mesh.peer_id:
             return await self._carry_out(operation)
-        self._check_input(rule, array)
         return await self._carry_out(operation, begin=partial(operation.place_own, array, 0))
 
     async def abandon(self, attempt: Attempt) -> None:
         """See `Mover.abandon`. What comes of an attempt that is not under way is thrown away anyhow."""
         for run in list(self._runs.values()):
-            if run.operation.plan.task.attempt == attempt:
+            if run.operation.plan.task.attempt in (attempt, _telling(attempt)):
                 self._settle(run, AttemptFailed(None, "the attempt was abandoned"))
         await trio.lowlevel.checkpoint()
 
-    def _plan(self, task: Task) -> Plan | None:
+    async def _plan(self, task: Task) -> Plan | None:
         """How to go about `task`; None where there is nobody to go about it with, or nothing."""
-        own = self._mesh.peer_id
-        if own not in task.attempt.order:
+        own, order = self._mesh.peer_id, task.attempt.order
+        if own not in order:
             raise LocalProtocolError(f"{own} is no member of {task.attempt}")
-        plan = draw_plan(task, tuple(range(len(task.attempt.order))), self._limits, own)
-        return plan if len(plan.circle) > 1 and task.items else None
+        plan = draw_plan(task, tuple(range(len(order))), self._limits, own)
+        if len(order) < 2 or not task.items:
+            return None
+        share = task.items * storage(task.rule.dtype).itemsize // len(order)
+        if len(order) < 3 or share < self._limits.survey_bytes or plan.is_star:
+            return plan
+        return draw_plan(task, await self._survey(task.attempt), self._limits, own)
+
+    async def _survey(self, attempt: Attempt) -> tuple[int, ...]:
+        """The ring whose slowest line is the fastest, by what its members have measured.
+
+        They tell each other through the star, within the attempt, so that all know the same. One round trip.
+        """
+        count, own = len(attempt.order), attempt.index(self._mesh.peer_id)
+        rates = np.zeros((count, count), np.float32)
+        for at, peer in enumerate(attempt.order):
+            rates[own, at] = 0.0 if at == own else self._lanes.rate(peer) or 0.0
+        task = Task(Kind.REDUCE, _telling(attempt), Rule("float32", "max"), count * count)
+        plan = draw_plan(task, tuple(range(count)), self._limits, self._mesh.peer_id)
+        if not plan.is_star:
+            return plan.circle  # so many members that telling would be a bulk of its own
+        flat = rates.reshape(-1)
+        self._told[attempt] = await self._carry_out(Operation(plan, flat, flat, self._stock))
+        return worthwhile_circle(rates.tolist())
 
     def _check_input(self, rule: Rule, array: Array) -> None:
         if self._nonfinite == "refuse" and not is_finite(rule.dtype, array):
@@ -241,15 +215,22 @@ class RingMover:
         digest = operation.digest
         if digest in self._runs:
             raise LocalProtocolError(f"{operation.plan.task.attempt} is under way at this node already")
-        run = self._runs[digest] = _Run(operation)
+        run = self._runs[digest] = Run(operation)
         operation.on_refused = partial(self._refused, run)
 
+        def release() -> None:
+            told = self._told.pop(operation.plan.task.attempt, None)
+            if told is not None:
+                told.drop()  # by now all members know the ring, or it does not matter
+
         def drop() -> None:
+            release()
             del self._runs[digest]
             operation.drop()
             on_drop()
 
         def keep() -> None:
+            release()
             del self._runs[digest]
             operation.keep()
             on_keep()
@@ -262,9 +243,9 @@ class RingMover:
             drop()
             self._tell_gone(run, error)
             raise
-        return _Held(keep, drop)
+        return Held(keep, drop)
 
-    async def _begin(self, run: _Run) -> None:
+    async def _begin(self, run: Run) -> None:
         operation = run.operation
         if not operation.missing:
             self._settle(run, None)
@@ -285,7 +266,7 @@ class RingMover:
                 except ConnectionLost as error:
                     raise AttemptFailed(peer, str(error)) from None
 
-    async def _wait(self, run: _Run) -> None:
+    async def _wait(self, run: Run) -> None:
         """Until the last piece is in its place. Raises what the attempt failed with."""
         pause = self._limits.progress_s / LOOKS
         seen, still = -1, 0
@@ -300,7 +281,7 @@ class RingMover:
         if run.failure is not None:
             raise run.failure
 
-    def _stalled(self, run: _Run) -> AttemptFailed:
+    def _stalled(self, run: Run) -> AttemptFailed:
         seconds = self._limits.progress_s
         if run.unready:
             peer = run.unready[0]
@@ -352,10 +333,10 @@ class RingMover:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(action)
 
-    def _refused(self, run: _Run, error: InputRefused) -> None:
+    def _refused(self, run: Run, error: InputRefused) -> None:
         self._in_trio(partial(self._settle, run, error))
 
-    def _settle(self, run: _Run, failure: MycelError | None) -> None:
+    def _settle(self, run: Run, failure: MycelError | None) -> None:
         if not run.over.is_set():
             run.failure = failure
             run.over.set()
@@ -374,7 +355,7 @@ class RingMover:
         suspect, why = read_gone(body)
         self._settle(run, AttemptFailed(suspect or peer, f"{peer} gave the attempt up: {why}"))
 
-    def _look_for_others(self, run: _Run) -> None:
+    def _look_for_others(self, run: Run) -> None:
         """Whether a neighbour of `run` is at something else under the same name."""
         for peer in run.neighbours:
             for description in self._early.descriptions(peer):
@@ -384,7 +365,7 @@ class RingMover:
                 elif said:
                     run.hint = f"; it {said.text}"
 
-    def _tell_gone(self, run: _Run, error: BaseException) -> None:
+    def _tell_gone(self, run: Run, error: BaseException) -> None:
         suspect = error.peer if isinstance(error, AttemptFailed) else self._mesh.peer_id
         why = str(error) or type(error).__name__
         body = write_gone(suspect, why)

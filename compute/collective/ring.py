@@ -187,6 +187,23 @@ def best_circle(cost: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return _improved_circle(cost, _greedy_circle(cost))
 
 
+def worthwhile_circle(rates: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The best ring where its slowest line is twice as fast as that of the members' own order; or that order.
+
+    `rates[a][b]` is what was measured from a to b, bytes a second, 0 for nothing yet: such a line is taken to
+    be as fast as the fastest, so it is tried where there is something to gain. Changing the ring costs fresh
+    lanes, so it does not follow every breath of the measurements.
+    """
+    members = len(rates)
+    order = tuple(range(members))
+    fastest = max(max(row) for row in rates)
+    if fastest <= 0:
+        return order
+    cost = [[1 / rate if rate > 0 else 1 / fastest for rate in row] for row in rates]
+    best = best_circle(cost)
+    return best if 2 * _price(cost, best)[0] <= _price(cost, order)[0] else order
+
+
 def _price(cost: Sequence[Sequence[float]], circle: Sequence[int]) -> tuple[float, float]:
     lines = [cost[a][b] for a, b in zip(circle, [*circle[1:], circle[0]], strict=True)]
     return max(lines), sum(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from mycel.compute.collective import mover as mover_module
 from mycel.compute.collective.asked import read_place, read_rule
 from mycel.compute.collective.attempt import Attempt, AttemptFailed, InputRefused, Rule, Staged, part_of
 from mycel.compute.collective.mover import RingMover
@@ -76,7 +78,7 @@ async def open_ensemble(count: int, **options: Any) -> AsyncIterator[Ensemble]:
             for other in meshes[:at]:
                 await mesh.connect(other.listen_addrs)
             lanes = StreamLanes(mesh, LIMITS)
-            movers.append(RingMover(mesh, lanes, limits=LIMITS, **options))
+            movers.append(RingMover(mesh, lanes, **{"limits": LIMITS, **options}))
             await nursery.start(lanes.run)
             await nursery.start(movers[-1].run)
         yield Ensemble(world, meshes, movers)
@@ -172,6 +174,35 @@ async def test_parts_wholes_and_broadcasts(ensemble: Any, autojump_clock: Clock)
         ):
             one.keep()
         assert all(np.array_equal(array, before[1]) for array in arrays)
+
+
+async def test_the_ring_avoids_a_slow_line(
+    ensemble: Any, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = replace(LIMITS, survey_bytes=1000)
+    async with ensemble(4, limits=limits) as those:
+        arrays = inputs(4, 50_000)
+        exact = np.stack(arrays).mean(0)
+        for at, mover in enumerate(those.movers):
+            slow = those.order[(at + 1) % 4] if at == 1 else ""
+            monkeypatch.setattr(mover._lanes, "rate", lambda peer, slow=slow: 1e6 if peer == slow else 1e9)
+        ways = []
+        draw = mover_module.draw_plan
+
+        def note(task: Any, circle: tuple[int, ...], *rest: Any) -> Any:
+            ways.append(circle)
+            return draw(task, circle, *rest)
+
+        monkeypatch.setattr(mover_module, "draw_plan", note)
+        for one in await those.together(reduce(those, arrays)):
+            one.keep()
+        assert len({array.tobytes() for array in arrays}) == 1
+        assert np.allclose(arrays[0], exact, atol=1e-4)
+        chosen = [way for way in ways if way != (0, 1, 2, 3)]
+        assert len(chosen) == 4
+        assert len(set(chosen)) == 1
+        assert chosen[0][(chosen[0].index(1) + 1) % 4] != 2
+        assert not any(mover._told or mover._runs for mover in those.movers)
 
 
 async def test_tags_run_at_once_and_in_any_order(ensemble: Any, autojump_clock: Clock) -> None:
@@ -424,6 +455,7 @@ def test_what_callers_ask_is_read_or_refused() -> None:
         with pytest.raises(UsageProblem):
             read_rule(array, "", op, codec)
     assert read_place(np.ones(12, np.float32), array).shape == (12,)
-    for into in (array[:], np.ones(11, np.float32), np.ones(12, np.int32), np.ones((12, 2), np.float32)[:, 0]):
+    column = np.ones((12, 2), np.float32)[:, 0]
+    for into in (array[:], np.ones(11, np.float32), np.ones(12, np.int32), column):
         with pytest.raises(UsageProblem):
             read_place(into, array)

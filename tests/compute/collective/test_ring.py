@@ -18,6 +18,7 @@ from mycel.compute.collective.ring import (
     Ring,
     Star,
     best_circle,
+    worthwhile_circle,
 )
 
 
@@ -122,3 +123,22 @@ def test_large_rings_avoid_a_slow_line_too() -> None:
     circle = best_circle(cost)
     assert sorted(circle) == list(range(members))
     assert circle[circle.index(3) - 1] == 7
+
+
+def test_the_ring_changes_only_where_that_doubles_its_pace() -> None:
+    rates = [
+        [0.0, 100.0, 90.0, 80.0],
+        [95.0, 0.0, 60.0, 99.0],
+        [99.0, 70.0, 0.0, 85.0],
+        [99.0, 99.0, 88.0, 0.0],
+    ]
+    assert worthwhile_circle(rates) == (0, 1, 2, 3)
+    rates[1][2] = 20.0
+    circle = worthwhile_circle(rates)
+    assert circle[(circle.index(1) + 1) % 4] != 2
+    assert worthwhile_circle([[0.0] * 3] * 3) == (0, 1, 2)
+
+
+def test_a_line_that_was_not_measured_is_tried_where_one_is_slow() -> None:
+    rates = [[0.0, 1.0, 0.0], [0.0, 0.0, 50.0], [50.0, 0.0, 0.0]]
+    assert worthwhile_circle(rates) == (0, 2, 1)
