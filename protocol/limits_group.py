@@ -24,9 +24,9 @@ class GroupLimits:
     attempts: int = 16
     """Tries of one operation. With one death each that is a group's end; without, something does not work."""
 
-    grace_s: float = 0.2
-    """A member whose connection was lost may be back within this before the next epoch leaves it out: an
-    operation is tried again within 0.5 s."""
+    grace_s: float = 0.5
+    """A member whose connection was lost may be back within this before the next epoch leaves it out. Who is
+    dialled in vain is not waited for: where a process was killed, its machine says so at once."""
 
     doubt_s: float = 1.0
     """A member whom somebody suspects, or misses, may take this long to answer."""

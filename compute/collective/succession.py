@@ -82,10 +82,10 @@ class Succession:
 
     @property
     def waits_for(self) -> str:
-        """What the next epoch waits for, "" where none is wanted or it goes its way."""
+        """What the next epoch waits for, "" where none is wanted."""
         proposal = self._proposal
-        if proposal is None or proposal.has_quorum(self._epoch, self._quorum):
-            return ""
+        if proposal is None:
+            return self._wanted
         voices = len(proposal.promises if proposal.value is None else proposal.accepted)
         return f"{voices} of {len(self._epoch.members)} members answer; {self._quorum} is needed"
 
@@ -185,6 +185,9 @@ class Succession:
             if now < until:
                 self._wake_at = until
                 return
+            if proposal.estranged and not proposal.asked_again:
+                self._ask_again(now, proposal)
+                return
             coming = newcomers(now, [peer for peer in self._epoch.peers if peer in proposal.promises])
             proposal.value = next_epoch(self._epoch, self._place.lineage, proposal, coming, self._quorum)
             proposal.since = now
@@ -202,6 +205,17 @@ class Succession:
             self.propose(now, admits=proposal.admits)
         else:
             self._wake_at = again_at
+
+    def _ask_again(self, now: float, proposal: Proposal) -> None:
+        """Members that answer miss each other: give them time to connect, and hear how it is then."""
+        if now < proposal.since + self._limits.grace_s:
+            self._wake_at = proposal.since + self._limits.grace_s
+            return
+        proposal.asked_again = True
+        for peer in proposal.estranged:
+            del proposal.promises[peer]
+        proposal.promises[self._me] = self._promise(proposal.ballot)
+        self.press()
 
     def _until(self, proposal: Proposal, peer: PeerId) -> float:
         """How long `peer` is waited for."""

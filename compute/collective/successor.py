@@ -50,6 +50,8 @@ class Proposal:
     admits: bool
     """Whether newcomers may be let in by it."""
     promises: dict[PeerId, Promise] = field(default_factory=dict)
+    asked_again: bool = False
+    """Whether those who missed each other were given time, and asked once more."""
     value: Epoch | None = None
     accepted: dict[PeerId, None] = field(default_factory=dict)
 
@@ -61,6 +63,15 @@ class Proposal:
         if self.value is None:
             return bool(voices)
         return all(peer in voices for peer in self.voters(current, quorum))
+
+    @property
+    def estranged(self) -> list[PeerId]:
+        """Who promised, and misses somebody else who did."""
+        return [
+            peer
+            for peer, promise in self.promises.items()
+            if any(other in self.promises and other != peer for other in promise.unreachable)
+        ]
 
     def voters(self, current: Epoch, quorum: Quorum) -> list[PeerId]:
         """Who is asked to accept: under "any" only those who will go on together."""

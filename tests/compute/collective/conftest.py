@@ -89,12 +89,13 @@ class Bottle:
         return node
 
     def kill(self, name: str) -> None:
-        """The process dies; its peers see a reset."""
+        """The process dies; its peers see a reset, and dial it in vain."""
         node = self.nodes[PeerId(name)]
         node.alive = False
         for other in self.nodes.values():
             if other.alive and frozenset((node.name, other.name)) not in self.cut:
                 other.core.down(self.now, node.name)
+                other.core.miss(self.now, node.name)
                 self.act(other)
 
     def part(self, names: list[str]) -> None:

@@ -160,6 +160,66 @@ async def test_silence_costs_the_silent_peer_its_place_and_it_finds_out(swarm: A
 
 
 @simulated
+async def test_a_connection_that_breaks_and_comes_back_costs_nobody_its_place(swarm: Any) -> None:
+    async with swarm(bytes_per_s=1e7) as world:
+        peers = await world.gather(3)
+        calls = Calls()
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(calls.reduce, peer, 250_000)
+            await trio.sleep(0.1)
+            peers[0].mesh.disconnect(peers[1].mesh.peer_id, "a router restarts")
+        assert same_bytes(calls, peers) == 2.0
+        assert not calls.errors
+        assert max(calls.took.values()) < 2
+
+
+@simulated
+async def test_a_death_while_connections_are_made_again_is_survived(swarm: Any) -> None:
+    async with swarm(bytes_per_s=1e7) as world:
+        peers = await world.gather(3)
+        calls = Calls()
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(calls.reduce, peer, 250_000)
+            await trio.sleep(0.1)
+            for one, other in ((0, 1), (1, 2), (2, 0)):
+                peers[one].mesh.disconnect(peers[other].mesh.peer_id, "a router restarts")
+            await trio.sleep(0.05)
+            peers[2].kill()
+        assert same_bytes(calls, peers[:2]) in (1.5, 2.0)
+        assert calls.outcomes[1] == calls.outcomes[2]
+
+
+@simulated
+async def test_a_part_without_majority_ends_nothing_and_takes_over_when_it_is_back(swarm: Any) -> None:
+    async with swarm() as world:
+        peers = await world.gather(5)
+        few, many = peers[:2], peers[2:]
+        world.world.cut([p.mesh for p in few], [p.mesh for p in many])
+        await trio.sleep(4)
+        calls = Calls()
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(calls.reduce, peer)
+            await trio.sleep(5)
+            assert same_bytes(calls, many) == 4.0
+            assert not calls.errors
+            assert not set(calls.outcomes) & {peer.number for peer in few}
+            told = [peer.group.waits_for for peer in few]
+            assert all(told)
+            assert any("majority is needed" in why for why in told)
+            world.world.heal()
+            for peer in few:
+                for other in many:
+                    await peer.mesh.connect(other.mesh.listen_addrs)
+        for peer in few:
+            assert isinstance(calls.errors[peer.number], Fenced)
+            assert (calls.arrays[peer.number] == peer.number).all()
+            await peer.group.gather_members(5)
+
+
+@simulated
 async def test_down_to_one_and_back(swarm: Any) -> None:
     async with swarm() as world:
         peers = await world.gather(3, ANY)
