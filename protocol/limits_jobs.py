@@ -89,6 +89,9 @@ class JobLimits:
     """Ended jobs whose traces a node keeps in its document; with 3 kB each they take half of it. Where it is
     full all the same, the oldest go earlier."""
 
+    closed: int = 1024
+    """Ended jobs that an elector remembers, so that nobody does them again: 50 kB."""
+
     active: int = 16
     """Jobs of one submitter that are not ended; more are refused, so that nobody fills the others' hands."""
 

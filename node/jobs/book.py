@@ -4,7 +4,8 @@ Facts go in as documents tell them, in any order, from anybody; what does not ho
 and changes nothing. What is said of a job before the job itself is here waits for it, within bounds.
 
 Of several states the one counts that ended the job, else the one of the highest epoch: nobody but its epoch's
-one holder can have written it.
+one holder can have written it. A job is known as long as it stands in somebody's document. In the end that is
+the document of whoever ended it, so that job and end go together when they go.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ class Entry:
     """What came before the job."""
 
     @property
+    def ender(self) -> PeerId | None:
+        """In whose document the job stands with its end, None where that is nobody's."""
+        if self.state is None or not self.state.is_ended:
+            return None
+        author = PeerId(self.state.lease.holder)
+        return author if author in self.carriers else None
+
+    @property
     def is_ended(self) -> bool:
         """Whether nothing is left to do."""
         return self.state is not None and self.state.is_ended
@@ -101,11 +110,12 @@ class Book:
     def get(self, job: str) -> Entry | None:
         """What is known of a job that is here."""
         entry = self._entries.get(job)
-        return entry if entry is not None and entry.job is not None else None
+        return entry if entry is not None and entry.job is not None and entry.carriers else None
 
     def entries(self) -> list[tuple[Entry, Job]]:
         """All jobs, oldest first."""
-        known = [(entry, entry.job) for entry in self._entries.values() if entry.job is not None]
+        found = self._entries.values()
+        known = [(entry, entry.job) for entry in found if entry.job is not None and entry.carriers]
         return sorted(known, key=lambda pair: (pair[1].created, pair[1].id))
 
     def active(self) -> list[tuple[Entry, Job]]:
@@ -138,7 +148,7 @@ class Book:
             return self._drop(name, fact.author, what)
         entry = self._entries.get(name)
         if entry is None:
-            unknown = sum(one.job is None for one in self._entries.values())
+            unknown = sum(not one.carriers for one in self._entries.values())
             if what != JOB and unknown >= UNKNOWN_MAX:
                 raise Refused(f"words about {unknown} jobs that nobody told of", reason="full")
             entry = Entry(name)

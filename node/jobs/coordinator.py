@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import trio
 
 from mycel.node.jobs.book import Entry
-from mycel.node.jobs.record import DONE, FAILED, STOPPED
+from mycel.node.jobs.record import DONE, FAILED, JOB, STOPPED, key_of
 from mycel.node.jobs.runner import JobFailed, Runner
 from mycel.node.jobs.spec import Job
 from mycel.node.jobs.standing import Candidate, Holding
@@ -90,6 +90,9 @@ class Attendance:
                 if self.entry.lease is not None:
                     candidate.prospect.note(self.entry.lease.epoch)
                 self.holding = await candidate.win()
+                if self.holding is None:
+                    tools.desk.forget(self.job.id)  # this node was away when it ended
+                    return
             if self.holding is not None:
                 failures = await self._tenure(self.holding)
                 await self.holding.release()
@@ -124,6 +127,9 @@ class Attendance:
         """Raises `MycelError` where not even the state can be written."""
         own = self.tools.label(self.tools.mesh.peer_id)
         work.log(f"{own} coordinates, epoch {work.epoch}")
+        self.tools.desk.say(
+            key_of(self.job.id, JOB), self.entry.envelope
+        )  # the job and its end stand together
         await work.publish()
         failure: Exception | None = None
         with runs:

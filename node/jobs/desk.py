@@ -96,8 +96,8 @@ class Desk:
             self._write({})
             await trio.sleep(self._limits.mirror_s)
 
-    def say(self, key: str, value: bytes) -> None:
-        """Write with the next turn."""
+    def say(self, key: str, value: bytes | None) -> None:
+        """Write with the next turn; None: say it no more."""
         self._waiting[key] = value
         self._news.set()
 

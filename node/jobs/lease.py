@@ -112,7 +112,7 @@ class Elector:
             is_taken = last.holder != candidate and now < self._until[job]
             if epoch <= last.epoch or is_taken:  # the same candidate too: it may have died since and forgot
                 return self._answer(job, False, now)
-        if not 0 < epoch <= self._limits.epoch_max:
+        if not 0 < epoch < self._limits.epoch_max:
             return self._answer(job, False, now)
         self.promises[job] = Promise(epoch, candidate)
         self._until[job] = now + self._limits.lease_s
@@ -130,10 +130,26 @@ class Elector:
         if self.promises.get(job) == Promise(epoch, holder):
             self._until[job] = now
 
-    def forget(self, job: str) -> None:
-        """The job is over and gone: it will not be voted on again."""
+    def close(self, job: str) -> None:
+        """The job has ended: nobody is promised anything any more, also when its end is long forgotten and
+        somebody who was away brings the job back. So many ended jobs are remembered, the latest."""
         self.promises.pop(job, None)
-        self._until.pop(job, None)
+        self.promises[job] = Promise(self._limits.epoch_max, "")
+        self._until[job] = float("-inf")
+        closed = [name for name in self.promises if self.is_closed(name)]
+        for name in closed[: -self._limits.closed]:
+            del self.promises[name], self._until[name]
+
+    def is_closed(self, job: str) -> bool:
+        """Whether the job is known to have ended."""
+        promise = self.promises.get(job)
+        return promise is not None and promise.epoch == self._limits.epoch_max
+
+    def forget(self, job: str) -> None:
+        """The job is gone. That it ended is remembered."""
+        if not self.is_closed(job):
+            self.promises.pop(job, None)
+            self._until.pop(job, None)
 
     def _answer(self, job: str, granted: bool, now: float) -> Answer:
         last = self.promises.get(job, Promise(0, ""))
@@ -189,7 +205,12 @@ class Prospect:
 
     def note(self, epoch: int) -> None:
         """An epoch was heard of."""
-        self.seen = max(self.seen, min(epoch, self.limits.epoch_max - 1))
+        self.seen = max(self.seen, min(epoch, self.limits.epoch_max - 2))
+
+    def is_over(self, denials: Mapping[PeerId, Answer]) -> bool:
+        """Whether a majority says that the job has ended long ago."""
+        over = [answer for answer in denials.values() if answer.epoch == self.limits.epoch_max]
+        return len(over) > len(self.electors) // 2
 
     def pause_s(self, denials: Mapping[PeerId, Answer]) -> float:
         """How long to wait after a lost ballot, by what electors said: until so many of them are free as to

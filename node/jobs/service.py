@@ -28,7 +28,7 @@ from mycel.node.jobs.desk import Desk
 from mycel.node.jobs.gate import Gate
 from mycel.node.jobs.keep import Blobs
 from mycel.node.jobs.kinds import Spec
-from mycel.node.jobs.record import JOB, PREFIX, STOP, AccessOf, key_of
+from mycel.node.jobs.record import JOB, PREFIX, STATE, STOP, AccessOf, key_of
 from mycel.node.jobs.runner import Checker, Runner, Runners, Services
 from mycel.node.jobs.spec import Job, JobInvalid, id_of
 from mycel.node.jobs.submit import Draft, Files, choose_electors, make_job, make_stop, packed
@@ -307,7 +307,20 @@ class Jobs:
         bell = self._bells.pop(job, None)
         if bell is not None:
             bell.set()
+        self._leave_to_ender(job)
         self._attend()
+
+    def _leave_to_ender(self, job: str) -> None:
+        """Where a job stands in the document of whoever ended it, it need not stand in this node's too."""
+        entry, own = self.book.get(job), self._place.mesh.peer_id
+        if entry is None or self._tools is None or not entry.is_ended:
+            return
+        self._voting.close(_job_of(entry))
+        if entry.ender in (None, own):
+            return
+        if own in entry.carriers or own in entry.states:
+            for what in (JOB, STOP, STATE):
+                self._tools.desk.say(key_of(job, what), None)
 
     def _attend(self) -> None:
         """See to it that every job that is to be worked on is attended."""
@@ -316,6 +329,8 @@ class Jobs:
         for entry, job in self.book.active():
             runner = self.runners.get(job.kind)
             if job.id in self._attended or runner is None or self._place.own_access() < Access.MEMBER:
+                continue
+            if self._voting.is_closed(job.id):
                 continue
             attendance = Attendance(self._tools, entry, job, runner, self._place.takes_part)
             self._attended[job.id] = attendance
@@ -341,17 +356,17 @@ class Jobs:
         return next((job for job in [*unknown, *known] if job in own), None)
 
     def _tidy(self) -> None:
-        """Say nothing more of jobs that ended long ago, nor of those that everybody else forgot."""
+        """Say nothing more of jobs that this node ended long ago."""
         assert self._tools is not None
-        ended = [job.id for entry, job in self.book.entries() if entry.is_ended]
-        old = dict.fromkeys(ended[: -self._limits.kept])
-        for job in self._tools.desk.own_jobs():
-            if job in old:
-                self._tools.desk.forget(job)
+        own = self._place.mesh.peer_id
+        ended = [job.id for entry, job in self.book.entries() if entry.ender == own]
+        for job in ended[: -self._limits.kept]:
+            self._tools.desk.forget(job)
 
     async def _clear_up(self, key: str) -> None:
         job = key.removeprefix(PREFIX).partition("/")[0]
         if self.book.get(job) is None and job not in self._attended and self._tools is not None:
+            self._tools.desk.forget(job)
             await self._tools.blobs.forget(job)
             self._voting.forget(job)
             self.gate.forget(job)

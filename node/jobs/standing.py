@@ -75,8 +75,8 @@ class Candidate:
         self._rpc = rpc
         self._take = take
 
-    async def win(self) -> Holding:
-        """Stand until the lease is won."""
+    async def win(self) -> Holding | None:
+        """Stand until the lease is won; None where the job turns out to have ended long ago."""
         await trio.sleep(self.prospect.rank * self.limits.stand_s)
         while True:
             ballot = Ballot(self.job.electors, self.prospect.next_epoch(), self.limits)
@@ -87,6 +87,8 @@ class Candidate:
                 return Holding(self, ballot, lease)
             if ballot.promised:
                 await self.release(ballot.epoch)
+            if self.prospect.is_over(denials):
+                return None
             await trio.sleep(self.prospect.pause_s(denials))
 
     async def _ask_all(self, ballot: Ballot) -> tuple[Sequence[Vote], dict[PeerId, Answer]]:

@@ -142,12 +142,20 @@ class Voting:
         promise = self._elector.promises.get(job)
         return 0 if promise is None else promise.epoch
 
-    def forget(self, job: str) -> None:
-        """A job is gone."""
-        if job in self._elector.promises:
-            self._elector.forget(job)
+    def close(self, job: Job) -> None:
+        """A job has ended: this elector promises nobody anything any more."""
+        if self._mesh.peer_id in job.electors and not self._elector.is_closed(job.id):
+            self._elector.close(job.id)
             with contextlib.suppress(Refused):  # it is kept with the next promise
                 self._keep()
+
+    def is_closed(self, job: str) -> bool:
+        """Whether this elector knows that the job has ended."""
+        return self._elector.is_closed(job)
+
+    def forget(self, job: str) -> None:
+        """A job is gone."""
+        self._elector.forget(job)
 
     async def _on_ask(self, call: Call, ask: Ask) -> AskReply:
         entry, job = self._known(ask.job, call.peer)

@@ -321,6 +321,34 @@ async def test_traces_of_jobs_that_ended_long_ago_go_with_their_blocks(
             pinned = {name.split("/")[1] for name in node.disk.blocks.pins()}
             assert pinned <= {*jobs[2:]}
             assert {fact.key.split("/")[1] for fact in node.documents.read("jobs/")} == {*jobs[2:]}
+        assert sum(len(node.runner.counted) for node in nodes) == 4 * 20
+
+
+async def test_an_elector_that_was_away_when_a_job_ended_and_was_forgotten_does_not_bring_it_back(
+    swarm, autojump_clock, counting, generate_spec
+):
+    async with swarm(counting) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(generate_spec, PROMPTS)).id
+        await s.until(lambda: nodes[2].view(job).step >= 3)
+        away = next(node for node in nodes if node is not s.coordinator(job) and node is not nodes[0])
+        there = [node for node in nodes if node is not away]
+        away.kill()
+        assert await ended(s, there[0], job) == "done"
+        await s.until(lambda: there[0].jobs.book.get(job).ender is not None)
+        ender = next(node for node in there if node.peer == there[0].jobs.book.get(job).ender)
+        await s.until(lambda: len(there[0].jobs.book.get(job).carriers) == 2)
+        ender.jobs._tools.desk.forget(job)  # as it does when it has ended many others since
+        await trio.sleep(2)
+        assert sum(len(node.runner.counted) for node in nodes) == 20
+        for node in there:
+            node.kill()
+        for node in nodes:
+            await node.restart()
+        assert away.jobs.book.get(job) is not None, "it still says so"
+        await s.until(lambda: all(node.jobs.book.get(job) is None for node in nodes))
+        await trio.sleep(10)
+        assert [node.runner.counted for node in nodes] == [[], [], []]
 
 
 async def test_a_full_document_lets_go_of_ended_jobs_before_it_refuses_new_ones(
@@ -334,7 +362,8 @@ async def test_a_full_document_lets_go_of_ended_jobs_before_it_refuses_new_ones(
             assert await ended(s, nodes[2], job) == "done"
         desks = [node.jobs._tools.desk for node in nodes]
         assert [desk.lost for desk in desks] == [0, 0, 0]
-        assert 1 <= min(len(desk.own_jobs()) for desk in desks) < 6, "its coordinators' had no room for all"
+        assert 1 <= len(nodes[1].jobs.views().jobs) < 6, "there was no room for all"
+        assert sum(len(node.runner.counted) for node in nodes) == 6 * 20, "none was done again"
         assert nodes[1].view(job).phase == "done"
 
 
