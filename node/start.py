@@ -93,7 +93,7 @@ async def run(config: Config, watcher: Watcher, *, ticket: str | None = None, le
             store,
             blocks,
             socket_lanes(config.lane_bytes_per_s),
-            partial(start_trainer, WorkerOptions(environment=dict(os.environ), serve=SERVE)),
+            partial(start_trainer, WorkerOptions(dict(os.environ), serve=SERVE, threads=config.threads)),
         )
         if not config.label:
             config = replace(config, label=socket.gethostname())

@@ -12,6 +12,7 @@ is repeated counts once in it.
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 import tempfile
 import time
@@ -64,6 +65,8 @@ class Workshop:
                 (folder / name).write_bytes(content)
             sys.path.insert(0, str(folder))
             module = importlib.import_module(BUNDLE_ENTRY.removesuffix(".py"))
+            if len(source.files) == 1:  # it is loaded; parts of larger ones may still be to come
+                shutil.rmtree(folder)
         self.add(source.name, getattr(module, "app", None))
 
     def add(self, name: str, app: object) -> None:

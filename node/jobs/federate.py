@@ -21,7 +21,6 @@ import trio
 
 from mycel.compute.train.client import FederatedClient, Owner, Terms
 from mycel.compute.train.orders import FIRST, Claim
-from mycel.compute.train.rounds import RoundRules
 from mycel.compute.train.trade import BUNDLE_ENTRY, Begun, Source
 from mycel.compute.train.trainer import Trainers
 from mycel.node.jobs.kinds import FederateSpec, Spec
@@ -33,6 +32,7 @@ from mycel.protocol.mesh import PeerId
 
 if TYPE_CHECKING:
     from mycel.compute.train.layout import Layout
+    from mycel.compute.train.rounds import RoundRules
     from mycel.compute.train.rows import Flat
     from mycel.compute.train.strategy import Strategy
 
@@ -199,6 +199,8 @@ def source_of(spec: FederateSpec, code: bytes | None) -> Source:
 
 def rules_of(spec: FederateSpec) -> RoundRules:
     """When a round is good. Raises `UsageProblem`."""
+    from mycel.compute.train.rounds import RoundRules
+
     return RoundRules(
         wanted=spec.clients,
         quorum=spec.quorum,
