@@ -34,7 +34,7 @@ from mycel.node.host import Host
 from mycel.node.memory import Memory
 from mycel.node.reach.reach import Reach
 from mycel.node.reach.verdict import Kind
-from mycel.protocol.errors import DialError
+from mycel.protocol.errors import DialError, LimitExceeded
 from mycel.protocol.mesh import PeerId
 
 log = logging.getLogger("mycel.node")
@@ -164,7 +164,11 @@ class Discovery:
             own, before = place.write(self._host.listen_addrs), self.kad.own_record(place.NAME)
             if not len(self.kad.table) or (before is not None and before.value == own):
                 continue
-            stored = await self.kad.put(place.NAME, own)
+            try:
+                stored = await self.kad.put(place.NAME, own)
+            except LimitExceeded as error:  # this node states too much besides
+                log.warning("where this node is stays unstated: %s", error)
+                continue
             log.debug("%d of %d peers know this node's addresses", stored.replicas, stored.asked)
 
     async def _seek(self) -> None:
@@ -178,10 +182,16 @@ class Discovery:
             for contact in lost:
                 if contact.failures >= SEEK_FAILURES and not contact.was_refused and len(self.kad.table):
                     asked_at[contact.peer] = now
-                    addrs = await self.find(contact.peer)
-                    if addrs:
-                        self._gather.learn(contact.peer, addrs)
+                    await self._look_up(contact.peer)
                     break
+
+    async def _look_up(self, peer: PeerId) -> None:
+        try:
+            addrs = await self.find(peer)
+        except (ValueError, DialError):  # what others told as its id is none, or none of its addresses
+            return
+        if addrs:
+            self._gather.learn(peer, addrs)
 
     async def _keep_up(self) -> None:
         while True:

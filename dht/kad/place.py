@@ -14,6 +14,7 @@ import msgspec
 import trio
 from multiaddr import Multiaddr
 
+from mycel.dht.kad.key import bytes_of_peer
 from mycel.dht.kad.message import ADDR_BYTES_MAX, ADDRS_MAX
 from mycel.dht.kad.service import Kademlia
 from mycel.dht.kad.table import Contact
@@ -39,6 +40,7 @@ def read(value: bytes) -> tuple[bytes, ...]:
 
 async def find(kad: Kademlia, peer: PeerId) -> Contact | None:
     """Where `peer` can be dialled, None where nobody knows. Raises `ValueError` for text that is no id."""
+    bytes_of_peer(peer)  # raises here, not in a task
     told: list[Contact] = []
     stated: tuple[bytes, ...] = ()
 

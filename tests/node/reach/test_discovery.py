@@ -20,6 +20,7 @@ from mycel.protocol import varint
 from mycel.protocol.errors import DialError, Refused, StreamReset
 from mycel.protocol.keys import OwnKey
 from mycel.protocol.limits import DEFAULT_KAD_LIMITS as LIMITS
+from mycel.protocol.mesh import PeerId
 from mycel.simnet.network import SimNetwork
 
 
@@ -113,6 +114,8 @@ def test_nobody_knows_a_peer_that_is_not_there(town):
         await t.join("second")
         with pytest.raises(DialError, match="nobody here knows"):
             await founder.discovery.connect(OwnKey(bytes(32)).peer_id)
+        with pytest.raises(ValueError, match="peer id"):
+            await founder.discovery.connect(PeerId("nonsense"))
 
     town(scenario)
 
