@@ -157,28 +157,36 @@ class Capacity:
 
     async def _measure_devices(self, measure: Measure, machine: Machine) -> None:
         """Measure unless a generation begins; then later."""
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_way, nursery.cancel_scope)
-            measured = await measure(self._node.config.threads)
-            self.devices = Devices(
-                machine.cores,
-                machine.memory_bytes,
-                self._node.config.memory_bytes,
-                tuple(
-                    Device(
-                        one.device,
-                        one.name[:128],
-                        one.memory_bytes if one.device != "cpu" else machine.memory_bytes,
-                        one.fp32_gflops,
-                        one.bf16_gflops,
-                        one.read_gb_s,
-                    )
-                    for one in measured.speeds
-                ),
-                self._node.host.wall(),
-            )
-            self._keep()
+            try:
+                self.devices = self._devices_of(await measure(self._node.config.threads), machine)
+            except (EngineLost, OSError) as error:
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        self._keep()
+
+    def _devices_of(self, measured: Measured, machine: Machine) -> Devices:
+        return Devices(
+            machine.cores,
+            machine.memory_bytes,
+            self._node.config.memory_bytes,
+            tuple(
+                Device(
+                    one.device,
+                    one.name[:128],
+                    one.memory_bytes if one.device != "cpu" else machine.memory_bytes,
+                    one.fp32_gflops,
+                    one.bf16_gflops,
+                    one.read_gb_s,
+                )
+                for one in measured.speeds
+            ),
+            self._node.host.wall(),
+        )
 
     async def _give_way(self, scope: trio.CancelScope) -> None:
         while not self.is_busy():  # noqa: ASYNC110 sessions have no event to offer

@@ -7,7 +7,8 @@ import trio
 from msgspec.structs import replace
 
 from mycel.compute.capacity import Measured, Speed
-from mycel.node import throughput
+from mycel.compute.engine import EngineLost
+from mycel.node import capacity, throughput
 from mycel.node.capacity import DEVICES_EVERY_S, LINE_KEY, Line, is_news
 from mycel.node.throughput import ALLOWED_BYTES, BYTES_MAX, PROTOCOL, Clocked, Throughput
 from mycel.protocol.errors import LimitExceeded, RemoteProtocolError, StreamReset
@@ -138,5 +139,24 @@ def test_a_node_measures_when_nobody_generates_and_tells_everybody(town):
         third.documents.write({LINE_KEY: b"\xc1"})
         await trio.sleep(5)
         assert founder.capacity.view_of(third.host.peer_id) is None, "nonsense is nothing"
+
+    town(scenario)
+
+
+def test_a_measurement_that_fails_is_made_again_later(town, monkeypatch):
+    monkeypatch.setattr(capacity, "RETRY_S", 60.0)
+
+    async def scenario(t):
+        founder, tries = await t.found(), []
+
+        async def measure(threads):
+            tries.append(trio.current_time())
+            raise EngineLost("out of luck")
+
+        t.nursery.start_soon(founder.capacity.run, measure)
+        await trio.sleep(capacity.FIRST_S + 100)
+        assert len(tries) == 2
+        assert tries[1] - tries[0] >= 60
+        assert founder.status().capacity is None
 
     town(scenario)
