@@ -31,6 +31,8 @@ from mycel.protocol.yamux import Pool
 if TYPE_CHECKING:
     from mycel.node.link import Link
 
+PIECES_MAX = 1024
+"""Pieces held before they are joined: what comes byte by byte must not take a hundred times its size."""
 COPIED_MAX = 65507
 """Up to one full frame is copied into the output; more is borrowed from the sender until it is out."""
 
@@ -222,13 +224,16 @@ class HostStream:
         piece = await self.receive_some(count) if count else b""
         if len(piece) == count:
             return piece
-        whole = bytearray(piece)
-        while piece and len(whole) < count:
-            piece = await self.receive_some(count - len(whole))
-            whole += piece
-        if len(whole) < count:
-            raise RemoteProtocolError(f"the stream ended after {len(whole)} of {count} bytes")
-        return bytes(whole)
+        pieces, have = [piece], len(piece)
+        while piece and have < count:
+            piece = await self.receive_some(count - have)
+            pieces.append(piece)
+            have += len(piece)
+            if len(pieces) == PIECES_MAX:
+                pieces = [b"".join(pieces)]
+        if have < count:
+            raise RemoteProtocolError(f"the stream ended after {have} of {count} bytes")
+        return b"".join(pieces)
 
     def deliver_to(self, receiver: Receiver, *, credit: bool = True) -> None:
         """See `Stream.deliver_to`."""

@@ -39,6 +39,19 @@ def test_a_stream_carries_bytes_both_ways_and_ends(play_mesh):
     play_mesh(scenario)
 
 
+def test_what_comes_byte_by_byte_is_received_as_one(play_mesh):
+    async def scenario(place):
+        await place.connect()
+        near, far = await place.streams()
+        said = bytes(n % 251 for n in range(1500))
+        for n in range(len(said)):
+            await near.send(said[n : n + 1])
+        assert await far.receive_exactly(1200) == said[:1200]
+        assert await far.receive_exactly(300) == said[1200:]
+
+    play_mesh(scenario)
+
+
 def test_large_transfers_both_ways_at_once_arrive_whole(play_mesh):
     async def scenario(place):
         await place.connect()
