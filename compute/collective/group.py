@@ -33,7 +33,8 @@ messages name their epoch, and those who are ahead answer with what has been set
 this file puts them together.
 
 **What is trusted.** Members follow the protocol. Peers outside can knock, and nothing else: they cannot vote,
-and no epoch is taken from a peer that is not in it or in the one before.
+and by majority no epoch is taken from a peer that is not in the one before. A member that is stuck believes
+anybody of a later epoch that it is out, since then it only comes in anew.
 """
 
 from __future__ import annotations
@@ -52,18 +53,20 @@ from mycel.compute.collective.epoch import (
     Message,
     News,
     Place,
-    Placed,
     Suspect,
     Terms,
     Vote,
     place_of,
 )
+from mycel.compute.collective.history import Early, History
 from mycel.compute.collective.ledger import Action, Entered, Ledger, Left, LocalCall, Send, clipped
 from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.succession import Succession
 from mycel.compute.collective.successor import is_next
 from mycel.protocol.limits_group import DEFAULT_GROUP_LIMITS, GroupLimits
 from mycel.protocol.mesh import PeerId
+
+_LEFT_OUT = "the group went on without this node; take over its state and call again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,8 @@ class Membership:
         self._door = Door(me, limits)
         self._may_found = policy.founds
         self._inside: _Inside | None = None
-        self._history: list[tuple[Place, Epoch]] = []
-        self._early: dict[bytes, list[tuple[PeerId, Placed]]] = {}
+        self._history = History(limits.history)
+        self._early = Early(limits.history, limits.early)
         self._remind_at = math.inf
         self._greeted = 0
         self._met: dict[PeerId, None] = {}
@@ -217,9 +220,10 @@ class Membership:
         elif isinstance(message, News):
             self._on_news(now, peer, message)
         elif self._inside is None or message.at.number > self._inside.place.number:
-            self._keep_early(peer, message)
+            self._early.keep(peer, message)
+            self._tell([peer], self._hello())  # this asks for the news
         elif message.at != self._inside.place:
-            self._tell([peer], self._since(message.at))
+            self._tell([peer], self._history.since(message.at))
         elif peer in self._inside.epoch.peers:
             match message:
                 case Arrive():
@@ -272,7 +276,7 @@ class Membership:
                 self._tell([peer], self._hello())
         elif hello.place is not None:
             if hello.place < inside.place:
-                self._tell([peer], self._since(hello.place))
+                self._tell([peer], self._history.since(hello.place))
         elif Member(peer, hello.life) in inside.epoch.members:
             self._tell([peer], News((inside.epoch,)))
         else:
@@ -283,27 +287,33 @@ class Membership:
 
     def _on_news(self, now: float, peer: PeerId, news: News) -> None:
         last = news.epochs[-1]
+        is_any = self._policy.quorum == "any"
         for epoch in news.epochs:
             inside = self._inside
-            if inside is not None and is_next(inside.epoch, inside.place.lineage, epoch):
-                if peer not in inside.epoch.peers and peer not in last.peers:
-                    return
+            if inside is None or not is_next(inside.epoch, inside.place.lineage, epoch):
+                continue
+            if peer in inside.epoch.peers or (is_any and peer in last.peers):
                 self._enter(now, epoch)
+        inside = self._inside
         if peer not in last.peers:
             return
-        if self._inside is None:
+        if inside is None:
             if self.member in last.members:
                 self._enter(now, last)
-        elif place_of(last) > self._inside.place:
-            self._fall_out("the group went on without this node; take over its state and call again")
+        elif place_of(last) > inside.place and (is_any or self._is_lost(peer, inside)):
+            self._fall_out(_LEFT_OUT)
             self._door.wait(now)
+
+    def _is_lost(self, peer: PeerId, inside: _Inside) -> bool:
+        """Whether `peer` is believed that the epoch is over: one of it, or anybody where it may be so."""
+        return peer in inside.epoch.peers or bool(inside.succession.waits_for)
 
     def _enter(self, now: float, epoch: Epoch) -> None:
         if self._inside is not None:
             self._inside.ledger.close(epoch.verdicts)
             self._collect()
         if self.member not in epoch.members:
-            self._fall_out("this node was left out of the group; take over its state and call again")
+            self._fall_out(_LEFT_OUT)
             self._door.wait(now)
             return
         self._door.end()
@@ -313,7 +323,7 @@ class Membership:
         ledger.is_short = len(epoch.members) < self._policy.least
         succession = Succession(epoch, self._me, ledger, self._policy.quorum, self._limits)
         self._inside = _Inside(epoch, place, ledger, succession)
-        self._history = [*self._history, (place, epoch)][-self._limits.history :]
+        self._history.add(place, epoch)
         self._remind_at = now + self._limits.remind_s
         self._met.update(dict.fromkeys(epoch.peers))
         self._out.append(Entered(epoch))
@@ -321,7 +331,7 @@ class Membership:
         for peer in epoch.peers:
             if peer != self._me and peer not in self._connected:
                 succession.lose(now, peer)
-        for peer, message in self._early.pop(place.lineage, []):
+        for peer, message in self._early.pop(place.lineage):
             self.receive(now, peer, message)
 
     def _fall_out(self, why: str) -> None:
@@ -331,7 +341,7 @@ class Membership:
             self._inside.ledger.close(())
             self._collect()
         self._inside = None
-        self._history = []
+        self._history.clear()
         self._calls.clear()
         self._out.append(Left(why))
 
@@ -379,21 +389,6 @@ class Membership:
         waits = self._door.knock_at < math.inf
         near = tuple(self._connected)[: 4 * self._limits.members]
         return Hello(self._life, None, waits, self._may_found, asks, near)
-
-    def _since(self, place: Place) -> News:
-        """What somebody at `place` has not heard; the epoch of now, where it is on another way."""
-        places = [known for known, _ in self._history]
-        behind = places.index(place) + 1 if place in places else len(places) - 1
-        return News(tuple(epoch for _, epoch in self._history[behind:]))
-
-    def _keep_early(self, peer: PeerId, message: Placed) -> None:
-        """Keep what comes from an epoch that this node has not heard of yet, and ask for the news."""
-        kept = self._early.setdefault(message.at.lineage, [])
-        if len(kept) < self._limits.early:
-            kept.append((peer, message))
-        while len(self._early) > self._limits.history:
-            del self._early[next(iter(self._early))]
-        self._tell([peer], self._hello())
 
     def _draw_life(self) -> int:
         return int.from_bytes(self._entropy(7), "big")

@@ -45,6 +45,8 @@ def test_outsiders_cannot_vote_propose_or_announce_an_epoch(bottle_of: Any, scri
         Vote(place, Verdict("x", 0, "refused", "z says so")),
         Arrive(place, "x", 0, Terms("barrier")),
         News((longer,)),
+        News((Epoch(epoch.number + 9, bytes(8), (Member(PeerId("z"), 1),)),)),
+        News((mine,)),
     ):
         a.core.receive(bottle.now, PeerId("z"), lie)
         assert a.core.take() == []
