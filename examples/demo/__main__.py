@@ -1,19 +1,23 @@
-"""The demo, `make demo`: a model spread over daemons, one of which is killed in mid-sentence.
+"""The demo, `make demo`: a model trained by daemons together, then spread over them, while some are killed.
 
-    1  train a small byte-level Llama on Python's standard library (kept for the next time)
-    2  run it unsplit, here, for comparison
-    3  start four daemons: one founds a swarm, three join by ticket; the layers find their peers by themselves
-    4  stream a completion through the OpenAI API
-    5  again, and SIGKILL a middle stage in mid-sentence
-    6  compare, and say what happened
+    1  start three daemons: one founds a swarm, two join by ticket
+    2  hand in a job: train a small byte-level Llama on Python's standard library, by DiLoCo; one daemon is
+       killed meanwhile, and a fourth one joins (kept for the next time)
+    3  run the result unsplit, here, for comparison
+    4  serve it, split: the layers find their peers by themselves
+    5  stream a completion through the OpenAI API
+    6  again, and SIGKILL a middle stage in mid-sentence
+    7  compare, and say what happened
 
 It ends with an error when anything it prints is not so.
 """
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,15 @@ import show
 import torch
 from nodes import READY_S, Daemon, DemoFailed, Swarm
 from runs import Ask, Run, run_swarm, run_unsplit
-from train import Training, trained_model
+from train import Point, Training, command, finish_model, follow, fresh_model, write_job
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 STAGES = 3
 SEEDS = 8
 STALL_S_MAX = 3.0
+LOSS_SHARE_MAX = 0.6
+"""Of the first border's loss, what the last one's may be."""
+DONE = "done"
 LOGPROB_ERROR_MAX = 1e-3
 """Between split and unsplit: other kernels may round the last bits of float32 differently."""
 
@@ -49,22 +56,94 @@ def main() -> int:
 
 
 def _demo() -> None:
-    show.title("A small model to split")
-    with show.training() as progress:
-        folder, seconds = trained_model(Training(), CACHE, progress)
-    done = (folder / "done").read_text("utf-8").strip()
-    show.say(f"trained in {seconds:.0f} s, {done}" if seconds else f"kept from an earlier run, {done}")
-    show.say(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
-    torch.set_num_threads(1)  # so small a model is quickest on one
-    ask, unsplit = _choose_sentence(folder)
-
-    show.title("Four daemons, one swarm")
-    options = ["--preset", "local", "--stages", str(STAGES), "--threads", "1", "--models", str(folder.parent)]
+    training = Training()
+    folder = CACHE / f"demo-model-{training.key()}"
+    show.title("Three daemons, one swarm")
+    options = ["--preset", "local", "--stages", str(STAGES), "--threads", "1", "--models", str(CACHE)]
     with Swarm(options) as swarm:
-        first = _start(swarm, folder)
+        _found(swarm)
+        if not (folder / DONE).exists():
+            _train(swarm, training, folder)
+        else:
+            show.title("A small model to split")
+            show.say(f"kept from an earlier run, {(folder / DONE).read_text('utf-8').strip()}")
+        torch.set_num_threads(1)  # so small a model is quickest on one
+        ask, unsplit = _choose_sentence(folder)
+
+        show.title("Four daemons serve it, split")
+        _complete(swarm)
+        first = _serve(swarm, folder)
         _show_swarm(swarm, first)
         calm, stormy, report = _generate_twice(swarm, first, folder.name, ask)
         _judge(swarm, unsplit, calm, stormy, report)
+
+
+def _found(swarm: Swarm) -> None:
+    first = swarm.start("anna", "up")
+    swarm.await_up(first)
+    ticket = _ticket(swarm)
+    show.say(f"anna founded a swarm; its ticket: {ticket[:24]}…{ticket[-6:]} ({len(ticket)} characters)")
+    for name in ("bert", "cleo"):
+        swarm.start(name, "join", ticket)
+    for daemon in swarm.daemons[1:]:
+        swarm.await_up(daemon)
+
+
+def _ticket(swarm: Swarm) -> str:
+    return str(swarm.daemons[0].control.post("ticket", {"label": "demo"})["text"])
+
+
+def _complete(swarm: Swarm) -> None:
+    """Start those of the four that do not run."""
+    running = {daemon.name for daemon in swarm.daemons if daemon.process.poll() is None}
+    for name in ("bert", "dora"):
+        if name not in running:
+            swarm.await_up(swarm.start(name, "join", _ticket(swarm)))
+
+
+def _train(swarm: Swarm, training: Training, folder: Path) -> None:
+    """The swarm trains a model into `folder`. Raises `DemoFailed`."""
+    show.title("They train a small model together")
+    began = time.monotonic()
+    CACHE.mkdir(exist_ok=True)
+    points: list[Point] = []
+    marks: dict[int, str] = {}
+    with tempfile.TemporaryDirectory(prefix="mycel-demo-job-", dir=CACHE) as work:
+        fresh = Path(work) / "fresh"
+        fresh_model(training, fresh)
+        path = write_job(training, fresh, Path(work), peers=2)
+        job = command(swarm, "submit", str(path))["id"]
+        show.say(f"anna hands in job {job[:8]}: {training.steps} steps each, borders every {training.every}")
+
+        def on_point(point: Point) -> None:
+            points.append(point)
+            show.border(point, training.borders)
+            if not marks and point.step >= training.borders * 3 // 10 and point.peers == 3:
+                victim = next(daemon for daemon in swarm.daemons if daemon.name == "bert")
+                victim.kill()
+                marks[point.step] = "bert is killed"
+                swarm.start("dora", "join", _ticket(swarm))
+            elif len(marks) == 1 and point.peers == 3 and points[-2].peers == 2:
+                marks[point.step] = "dora has joined"
+
+        follow(swarm, job, on_point)
+        command(swarm, "pull", job, str(Path(work) / "results"))
+        shutil.rmtree(folder, ignore_errors=True)
+        finish_model(fresh, Path(work) / "results", folder)
+    picture = folder / "loss.png"
+    show.curve(points, marks, picture)
+    show.say(f"{picture.relative_to(CACHE.parent)}")
+    first, last = points[0].loss, points[-1].loss
+    for what, good, how in (
+        ("the loss fell", last < LOSS_SHARE_MAX * first, f"from {first:.2f} to {last:.2f} nats a byte"),
+        ("one died and one joined meanwhile", len(marks) == 2, ", ".join(marks.values()) or "nobody did"),
+        ("every border was passed", points[-1].step == training.borders, f"{training.borders} of them"),
+    ):
+        show.check(what, good, how)
+        if not good:
+            raise DemoFailed(f"not so: {what}")
+    (folder / DONE).write_text(f"loss {last:.3f}\n", "utf-8")
+    show.say(f"trained in {time.monotonic() - began:.0f} s")
 
 
 def _choose_sentence(folder: Path) -> tuple[Ask, Run]:
@@ -77,15 +156,9 @@ def _richness(text: str) -> tuple[int, int]:
     return sum(bool(line.strip()) for line in text.splitlines()), len("".join(text.split()))
 
 
-def _start(swarm: Swarm, folder: Path) -> Daemon:
-    first = swarm.start("anna", "up", "--serve", str(folder))
-    swarm.await_up(first)
-    ticket = first.control.post("ticket", {"label": "demo"})["text"]
-    show.say(f"anna founded a swarm; its ticket: {ticket[:24]}…{ticket[-6:]} ({len(ticket)} characters)")
-    for name in ("bert", "cleo", "dora"):
-        swarm.start(name, "join", ticket)
-    for daemon in swarm.daemons[1:]:
-        swarm.await_up(daemon)
+def _serve(swarm: Swarm, folder: Path) -> Daemon:
+    first = swarm.daemons[0]
+    command(swarm, "serve", str(folder))
 
     def is_ready() -> bool:
         models = first.control.get("models")

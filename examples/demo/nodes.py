@@ -38,6 +38,7 @@ class Daemon:
     process: subprocess.Popen[bytes]
     peer: str = ""
     api: str = ""
+    is_killed: bool = False
 
     @property
     def control(self) -> Client:
@@ -46,6 +47,7 @@ class Daemon:
 
     def kill(self) -> None:
         """SIGKILL: no goodbye."""
+        self.is_killed = True
         self.process.kill()
 
     def last_words(self) -> str:
@@ -80,7 +82,10 @@ class Swarm:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, name: str, *command: str) -> Daemon:
-        """Start `mycel COMMAND ...` as node `name`; `await_up` says when it is there."""
+        """Start `mycel COMMAND ...` as node `name`; `await_up` says when it is there.
+
+        A node that was killed comes back under its name, in its place.
+        """
         home = self._folder / name
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MYCEL_")}
         with open(home.with_suffix(".log"), "wb") as log:
@@ -102,7 +107,11 @@ class Swarm:
                 env=environment,
             )
         daemon = Daemon(name, home, process)
-        self.daemons.append(daemon)
+        names = [other.name for other in self.daemons]
+        if name in names:
+            self.daemons[names.index(name)] = daemon
+        else:
+            self.daemons.append(daemon)
         return daemon
 
     def await_up(self, daemon: Daemon) -> None:
@@ -114,6 +123,12 @@ class Swarm:
         """Wait until `is_true()` gives something true and return it. Raises `DemoFailed` naming `what`."""
         return self._poll(seconds, what, is_true)
 
+    def check(self) -> None:
+        """Raise `DemoFailed` where a daemon that nobody killed has ended."""
+        for daemon in self.daemons:
+            if not daemon.is_killed and daemon.process.poll() is not None:
+                raise DemoFailed(f"{daemon.name} ended by itself:\n{daemon.last_words()}")
+
     def by_peer(self, peer: str) -> Daemon:
         """The daemon with that peer id."""
         return next(daemon for daemon in self.daemons if daemon.peer == peer)
@@ -121,9 +136,7 @@ class Swarm:
     def _poll(self, seconds: float, what: str, ask: Any) -> Any:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for daemon in self.daemons:
-                if daemon.process.poll() is not None:
-                    raise DemoFailed(f"{daemon.name} ended by itself:\n{daemon.last_words()}")
+            self.check()
             if answer := ask():
                 return answer
             time.sleep(0.1)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import plotext
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from train import Progress as OnStep
+from train import Point
 
 console = Console(highlight=False)
 
@@ -44,26 +50,39 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(out)
 
 
-@contextmanager
-def training() -> Iterator[OnStep]:
-    """A progress bar with the loss; a line now and then where there is no terminal."""
-    columns = (
-        TextColumn("  training"),
-        BarColumn(48),
-        TextColumn("{task.percentage:3.0f} %  {task.fields[loss]}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, loss="")
+def border(point: Point, borders: int) -> None:
+    """One border of the training; every third one where there is no terminal."""
+    if console.is_terminal:
+        done = "█" * (40 * point.step // borders)
+        console.print(f"  {done:░<40} loss {point.loss:.2f}, {point.peers} peers ", end="\r", style="dim")
+    elif point.step % 3 == 0:
+        console.print(f"  border {point.step} of {borders}: loss {point.loss:.2f}, {point.peers} peers")
+        sys.stdout.flush()
 
-        def on_step(done: int, total: int, loss: float) -> None:
-            if console.is_terminal:
-                progress.update(task, completed=done, total=total, loss=f"loss {loss:.2f}")
-            elif done % (total // 10) == 0:
-                console.print(f"  training {done * 100 // total} %, loss {loss:.2f}")
-            if not console.is_terminal:
-                sys.stdout.flush()
 
-        yield on_step
+def curve(points: Sequence[Point], marks: Mapping[int, str], path: Path) -> None:
+    """The loss over the borders, here and as a PNG at `path`; `marks` say what happened before which."""
+    steps, losses = [point.step for point in points], [point.loss for point in points]
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(min(90, console.width), 16)
+    plotext.plot(steps, losses, marker="braille")
+    heights = [max(losses) * (0.95 - 0.1 * number) for number in range(len(marks))]
+    for (step, what), height in zip(marks.items(), heights, strict=True):
+        plotext.vline(step, None)
+        plotext.text(what, step + len(steps) / 60, height)
+    plotext.title("loss, nats a byte")
+    print(plotext.build())
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot(steps, losses, marker=".", color="seagreen")
+    for (step, what), height in zip(marks.items(), heights, strict=True):
+        axes.axvline(step, color="firebrick", linestyle=":")
+        axes.annotate(what, (step, height), textcoords="offset points", xytext=(4, 0), fontsize=8)
+    axes.set_xlabel("border")
+    axes.set_ylabel("loss, nats a byte")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 @contextmanager

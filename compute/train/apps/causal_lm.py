@@ -179,7 +179,7 @@ def tokens_of(task: Task) -> torch.Tensor:
         raise UsageProblem(f"{task.data.name} cannot be read: {error.strerror}") from error
     name = str(task.settings.get("model", ""))
     if not name or task.settings.get("bytes"):
-        return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(b"\n".join(texts) or b"\n"), dtype=torch.uint8)
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = tokenizer(b"\n".join(texts).decode("utf-8", "replace"))["input_ids"]
     return torch.tensor(tokens, dtype=torch.int32)
