@@ -25,7 +25,7 @@ from mycel.protocol.mesh import PeerId
 
 log = logging.getLogger("mycel.lanes")
 
-SLICE_BYTES = 128 * 1024
+SLICE_BYTES = 256 * 1024
 """Bytes read at once from afar: how finely it shows that a lane moves. From nearby a whole chunk is."""
 NEAR_BUFFER_BYTES = 256 * 1024
 """The kernel's buffers of a lane to nearby, where a round trip needs no more: what is written there is still

@@ -24,8 +24,8 @@ GRAIN = 1024
 CHUNK_ITEMS_MIN = 16 * GRAIN
 CHUNKS_WANTED = 4
 """A part is cut into so many chunks at least, where they are not too small: with fewer a ring stands idle."""
-LIGHT_CHUNK_ITEMS = 128 * GRAIN
-"""The longest chunk that is quantized: half a MiB of float32, worked on in a core's cache."""
+LIGHT_CHUNK_ITEMS = 256 * GRAIN
+"""The longest chunk that is quantized, whatever the items: what is encoded at a time."""
 
 
 Description = tuple[
