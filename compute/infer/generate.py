@@ -8,6 +8,7 @@ for the next piece, which is also what lets the ring go on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -96,7 +97,8 @@ class Generator:
     def _start_soon(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Start a task of the service's; nothing happens where the service has ended."""
         if self._nursery is not None:
-            self._nursery.start_soon(work, *args)
+            with contextlib.suppress(RuntimeError):  # it is ending just now, and takes no more tasks
+                self._nursery.start_soon(work, *args)
 
     async def _prepare(self, request: GenerateRequest, card: ModelCard) -> Generation:
         tokenizer: Tokenizer | None = None
