@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mycel.node.jobs.kinds import GenerateSpec
+from mycel.node.jobs.prompts import read_prompts
 from mycel.node.jobs.record import open_envelope
 from mycel.node.jobs.spec import (
     Blob,
@@ -175,3 +179,11 @@ def test_bytes_of_a_job_that_are_changed_or_cut_are_refused_or_are_another_job(a
         reason = "malformed"
         assert (job.id == name) == (changed == encode_body(body()))
     assert reason in ("malformed", "oversized", "unknown-kind")
+
+
+def test_the_example_is_a_job_with_prompts():
+    folder = Path(__file__).resolve().parents[3] / "examples" / "jobs"
+    spec = read_job_file(folder / "generate.toml")
+    assert isinstance(spec, GenerateSpec)
+    prompts = read_prompts(spec, (folder / file_keys(spec)["prompts"]).read_bytes())
+    assert [prompt.rest.get("id") for prompt in prompts] == ["pond", "snow", None, None, "moss"]
