@@ -104,7 +104,7 @@ class Desk:
     async def say_now(self, changes: Mapping[str, bytes | None]) -> None:
         """Write at once, with what waits; it is on the disk when this returns.
 
-        Raises `LimitExceeded` where the document is full.
+        Raises `LimitExceeded` where the document is full, and what its store raises.
         """
         self._write(changes, must=True)
         await self._documents.synced()
@@ -149,14 +149,23 @@ class Desk:
                 continue
             _, lines = journal.surplus()
             if lines:
-                blob: Blob | None = None
-                try:
-                    blob = await self._blobs.add(job, msgspec.msgpack.encode(lines), NEW_LOGS)
-                except MycelError as error:
-                    log.warning("%d lines about job %s are lost: %s", len(lines), job, error)
-                await self._blobs.hold(job, LOGS, journal.put_away(len(lines), blob))
-                await self._blobs.settle(self._blobs.fresh(job, NEW_LOGS))
+                await self._put_away(job, journal, lines)
             self._waiting[key_of(job, LOG)] = msgspec.msgpack.encode(journal.tail())
+
+    async def _put_away(self, job: str, journal: Journal, lines: list[tuple[float, str]]) -> None:
+        """Put the oldest lines into a block."""
+        blob: Blob | None = None
+        try:
+            blob = await self._blobs.add(job, msgspec.msgpack.encode(lines), NEW_LOGS)
+        except MycelError as error:
+            log.warning("%d lines about job %s are lost: %s", len(lines), job, error)
+        kept = journal.put_away(len(lines), blob)
+        try:
+            with trio.move_on_after(self._limits.call_s):  # older ones may be gone from this disk
+                await self._blobs.hold(job, LOGS, kept)
+                await self._blobs.settle(self._blobs.fresh(job, NEW_LOGS))
+        except MycelError as error:
+            log.warning("old lines about job %s may be lost: %s", job, error)
 
     def _write(self, changes: Mapping[str, bytes | None], *, must: bool = False) -> None:
         waiting = {**self._waiting, **changes}
@@ -177,6 +186,10 @@ class Desk:
                 if must:
                     raise
                 log.warning("what this node knows of jobs finds no room in its document: %s", error)
+            except MycelError as error:  # the disk is full, say
+                if must:
+                    raise
+                log.warning("what this node knows of jobs cannot be written: %s", error)
             else:
                 self._waiting.clear()
             return

@@ -213,6 +213,20 @@ def fail(error: Exception) -> None:
     raise error
 
 
+async def test_a_coordinator_whose_disk_fails_gives_way_to_another(
+    swarm, autojump_clock, counting, generate_spec
+):
+    async with swarm(counting) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(generate_spec, PROMPTS)).id
+        await s.until(lambda: nodes[0].view(job).step >= 3)
+        first = s.coordinator(job)
+        first.disk.documents.save = lambda *args, **options: fail(UsageProblem("no space left"))
+        assert await ended(s, nodes[0], job) == "done"
+        assert nodes[0].view(job).coordinator != first.peer
+        assert first.jobs.views().jobs[0].id == job, "it lives on"
+
+
 async def test_a_stopped_job_stops_everywhere_and_others_go_on(
     swarm, autojump_clock, counting, generate_spec
 ):
