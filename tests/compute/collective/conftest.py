@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from mycel.compute.collective.mover import RingMover
 from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.service import Group
 from mycel.compute.collective.streams import StreamLanes
+from mycel.protocol.errors import DialError
 from mycel.protocol.limits import LaneLimits
 from mycel.protocol.limits_group import GroupLimits
 from mycel.protocol.mesh import PeerId
@@ -380,7 +381,8 @@ class Peer:
                 await nursery.start(self.lanes.run)
                 await nursery.start(self.mover.run)
                 for other in others:
-                    await self.mesh.connect(other.listen_addrs)
+                    with suppress(DialError):  # it has died meanwhile
+                        await self.mesh.connect(other.listen_addrs)
                 await nursery.start(self.group.run)
                 await trio.sleep_forever()
 
