@@ -128,7 +128,7 @@ def join(ticket: str, *, label: str = "script", **settings: Any) -> Iterator[Swa
 def _run(main: Any, begun: Future[tuple[Swarm, trio.Event]]) -> None:
     try:
         trio.run(main)
-    except BaseException as error:  # why: the script's thread must hear of it, whatever it is; raised again
+    except BaseException as error:  # boundary: the script's thread hears of it, whatever it is
         if begun.done():
             raise
         begun.set_exception(single_failure(error) or error)

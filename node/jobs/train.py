@@ -15,12 +15,13 @@ the state from the group in any case.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +54,6 @@ ASK_S = 1.0
 """Between two questions where to begin, while nobody coordinates."""
 STEP_S_MAX = 600.0
 """For one request of inner steps: a trainer that needs longer is killed."""
-MOMENTUM = "outer.momentum"
-"""A checkpoint's tensor beside the model's."""
 
 
 class Where(msgspec.Struct, frozen=True):
@@ -211,30 +210,22 @@ class TrainRunner:
         self, job: Job, context: Context, source: Source, begin: Begin
     ) -> tuple[Border, Layout]:
         """The state to begin with."""
-        from mycel.compute.train.border import Border, BorderOptions
-        from mycel.compute.train.rows import from_safetensors, row_of
+        from mycel.compute.train.border import BorderOptions
+        from mycel.compute.train.checkpoint import Checkpoint, read_checkpoint
+        from mycel.compute.train.rows import row_of
 
         spec = _spec_of(job.spec)
         blob = begin.checkpoint or job.inputs.get("model")
-        momentum: Flat | None = None
-        steps = 0
-        if blob is not None:
-            flat, layout, extra = from_safetensors(await context.fetch(blob))
-            if layout.entries[-1].name == MOMENTUM:
-                layout = msgspec.structs.replace(layout, entries=layout.entries[:-1])
-                flat, momentum = flat[: layout.size], flat[layout.size :]
-            steps = int(extra.get("steps", "0")) if begin.checkpoint is not None else 0
+        if blob is None:
+            ask = StartAsk(spec.app, dict(spec.settings), spec.seed)
+            begun = await self._trainers.start_model(source, ask)
+            first = Checkpoint(begun.layout, row_of(begun.model.data, begun.layout))
         else:
-            begun = await self._trainers.start_model(
-                source, StartAsk(spec.app, dict(spec.settings), spec.seed)
-            )
-            layout, flat = begun.layout, row_of(begun.model.data, begun.layout)
+            first = read_checkpoint(await context.fetch(blob))
+            if begin.checkpoint is None:  # an earlier job's: its steps are not this one's
+                first = replace(first, steps=0)
         codec = None if spec.codec == "none" else spec.codec
-        border = Border(flat, BorderOptions(every=spec.inner_steps, codec=codec))
-        if momentum is not None:
-            border.state()["momentum"][:] = momentum
-        border.state()["steps"][0] = steps
-        return border, layout
+        return first.border(BorderOptions(every=spec.inner_steps, codec=codec)), first.layout
 
     def _tell_begin(self, call: Call, where: Where) -> Begin:
         if where.job not in self._begins:
@@ -264,6 +255,8 @@ class TrainRunner:
 
     async def _follow(self, course: _Course, spec: TrainSpec, context: Context) -> None:
         """Report and keep checkpoints until the last border."""
+        from mycel.compute.train.checkpoint import write_checkpoint
+
         until = outer_steps(spec)
         kept_at = trio.current_time()
         told = 0
@@ -276,16 +269,17 @@ class TrainRunner:
             told = len(course.passed)
             if trio.current_time() >= kept_at + CHECKPOINT_S:
                 kept_at = trio.current_time()
-                blob = await context.keep(_checkpoint(course))
+                blob = await context.keep(write_checkpoint(course.border, course.layout))
                 await context.checkpoint(msgspec.msgpack.encode(blob), [blob])
             if told == len(course.passed) and course.border.steps < until:
                 await course.news.wait()
 
     async def _finish(self, course: _Course, context: Context) -> None:
+        from mycel.compute.train.checkpoint import write_checkpoint
         from mycel.compute.train.rows import to_safetensors
 
         await context.artefact("model.safetensors", to_safetensors(course.border.weights, course.layout))
-        await context.artefact("checkpoint.safetensors", _checkpoint(course))
+        await context.artefact("checkpoint.safetensors", write_checkpoint(course.border, course.layout))
         rows = [
             {"step": passed.step.number, "loss": passed.loss, "peers": passed.step.contributors}
             for passed in course.passed
@@ -298,23 +292,8 @@ def outer_steps(spec: TrainSpec) -> int:
     return -(-spec.steps // spec.inner_steps)
 
 
-def _checkpoint(course: _Course) -> bytes:
-    import numpy as np
-
-    from mycel.compute.train.layout import Entry
-    from mycel.compute.train.rows import to_safetensors
-
-    state = course.border.state()
-    both = np.concatenate([state["weights"], state["momentum"]])
-    entries = (*course.layout.entries, Entry(MOMENTUM, (course.layout.size,)))
-    layout = msgspec.structs.replace(course.layout, entries=entries)
-    return to_safetensors(both, layout, {"steps": str(course.border.steps)})
-
-
 def _seed_of(seed: int, peer: str, done: int) -> int:
     """Another one for every peer and request: everybody draws batches of its own."""
-    import hashlib
-
     told = f"{seed}/{peer}/{done}".encode()
     return int.from_bytes(hashlib.sha256(told).digest()[:6], "big")
 

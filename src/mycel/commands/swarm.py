@@ -98,7 +98,7 @@ def _reach_rows(reach: dict[str, Any]) -> list[tuple[str, str]]:
 def _capacity_rows(capacity: dict[str, Any] | None) -> list[tuple[str, str]]:
     if capacity is None:
         return [("machine", "not measured yet")]
-    rows = []
+    rows: list[tuple[str, str]] = []
     for one in capacity["devices"]:
         free = one["memory_free_bytes"]
         memory = "" if free is None else f"{free / 1e9:.1f} of "

@@ -88,7 +88,7 @@ def together(count, work):
     def one(number):
         try:
             results[number] = work(Seat(table, number))
-        except BaseException as error:
+        except BaseException as error:  # boundary: raised in the test's own thread
             errors.append(error)
             table.meeting.abort()
 
