@@ -147,6 +147,7 @@ class Coordinator:
             try:
                 with trio.move_on_after(SETTLE_S):
                     await self._pool.wait_settled()
+                self._news.log(f"{len(self._pool.clients)} clients take part")
                 while self._standing.number < self._plan.rounds:
                     await self._round()
                 if self._plan.evaluate_every:
