@@ -75,12 +75,12 @@ class LaneDesk:
             return None
         return None if endpoint.is_name else endpoint.host
 
-    async def ask(self, peer: PeerId, host: str) -> None:
-        """Get lanes towards `peer`; those that it dials itself come later.
+    async def ask(self, peer: PeerId, host: str, count: int) -> None:
+        """Get `count` lanes towards `peer`; those that it dials itself come later.
 
         Raises `MycelError`, `OSError` or `trio.TooSlowError` where there are none.
         """
-        own, count = self._mesh.peer_id, self._limits.lanes
+        own = self._mesh.peer_id
         share = self._mesh.entropy(SHARE_BYTES)
         request = setup.OpenLanes(share, count, self._is_plain)
         reply = await self._rpc.call(peer, setup.OPEN, request, deadline_s=self._limits.setup_s)
@@ -186,6 +186,9 @@ class LaneDesk:
             log.debug("a socket at the lane port was closed: %s", error)
             sock.close()
             return
+        except BaseException:  # why: a cancelled hello closes its socket too; raised again
+            sock.close()
+            raise
         finally:
             gate.release_on_behalf_of(sock)
         take = self._on_in if expected.is_incoming else self._on_out

@@ -138,7 +138,9 @@ class SocketLanes:
             pair.try_at = trio.current_time() + self._limits.retry_s
             try:
                 with trio.fail_after(self._limits.setup_s):
-                    await self._desk.ask(peer, host)
+                    is_here = ipaddress.ip_address(host).is_loopback
+                    count = self._limits.lanes_here if is_here else self._limits.lanes
+                    await self._desk.ask(peer, host, count)
             except (MycelError, OSError, trio.TooSlowError) as error:
                 log.info(
                     "bulk to %s takes the connection's streams: no lanes (%s)", peer, error or "too slow"
@@ -191,7 +193,8 @@ class SocketLanes:
     async def _watch_far_end(self, sender: LaneSender) -> None:
         """Nothing is said in the other direction of a lane: what shows there is its end."""
         with contextlib.suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_readable(sender.sock)
+            if sender.sock.fileno() >= 0:  # else it ended before this task's first turn
+                await trio.lowlevel.wait_readable(sender.sock)
             sender.end()
 
     def _sender_ended(self, peer: PeerId, pair: _Pair, sender: LaneSender) -> None:

@@ -29,7 +29,7 @@ from mycel.protocol.limits import LaneLimits
 from mycel.protocol.mesh import Access
 from mycel.protocol.rpc import Rpc
 
-LIMITS = LaneLimits(chunk_bytes=128 * 1024)
+LIMITS = LaneLimits(chunk_bytes=128 * 1024, lanes_here=2)
 ITEMS = 600_000
 HEAD = Head(b"o" * 16, PART, 1, 2, 3, 100_000)
 
