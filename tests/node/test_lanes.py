@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,10 @@ async def test_corrupted_bytes_are_noticed_and_nothing_comes_of_them(
         np.frombuffer(frame, np.uint8)[hits] ^= 0x41  # one percent of the bytes
         return frame
 
-    async with some(option(), option()) as those:
+    single = option(limits=replace(LIMITS, lanes_here=1))  # so that each lane has something to carry
+    async with some(single, single) as those:
+        await those.average()
+        assert those.lanes(0, 1) == those.lanes(1, 0) == 1
         monkeypatch.setattr(Sealer, "seal", seal_and_corrupt)
         await those.average()
         assert "is not what its sender sealed" in caplog.text
