@@ -16,6 +16,10 @@ class OperationRefused(MycelError):
     """The operation failed on all members, because one of them will not have it; the text says which, why."""
 
 
+class GroupClosed(MycelError):
+    """The group does not run at this node, or no more."""
+
+
 class Fenced(MycelError):
     """This node is outside of the group; take over the group's state before the next call."""
 

@@ -40,7 +40,7 @@ from mycel.compute.collective.attempt import (
 from mycel.compute.collective.epoch import Bundle, Epoch, Kind, Message, Terms
 from mycel.compute.collective.group import Membership
 from mycel.compute.collective.ledger import Abandon, Action, Begin, Entered, Left, Send, Settled
-from mycel.compute.collective.outcome import Fenced, Operation, OperationRefused, Outcome
+from mycel.compute.collective.outcome import Fenced, GroupClosed, Operation, OperationRefused, Outcome
 from mycel.compute.collective.policy import Policy
 from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError, UsageProblem
 from mycel.protocol.limits_group import DEFAULT_GROUP_LIMITS, GroupLimits
@@ -185,7 +185,7 @@ class Group:
         self, kind: Kind, tag: str, array: Array, rule: Rule, *, root: str = "", into: Array | None = None
     ) -> tuple[Outcome, Array]:
         if self._nursery is None:
-            raise Fenced(f"the group {self.name} does not run at this node; start Group.run first")
+            raise GroupClosed(f"the group {self.name} does not run at this node; start Group.run first")
         if len(tag) > self._limits.tag_chars:
             raise UsageProblem(f"a tag has {self._limits.tag_chars} characters at most, not {len(tag)}")
         if tag in self._operations:
@@ -206,7 +206,7 @@ class Group:
                 await self._give_up(tag, operation)
             del self._operations[tag]
         if operation.outcome is None:
-            raise operation.error or Fenced("the group is gone")
+            raise operation.error or GroupClosed(f"the group {self.name} was left")
         return operation.outcome, array if operation.result is None else operation.result
 
     async def _give_up(self, tag: str, operation: Operation) -> None:

@@ -13,17 +13,13 @@ from typing import TypeVar
 
 import trio
 
-from mycel.compute.collective.outcome import Fenced, Outcome
+from mycel.compute.collective.outcome import Fenced, GroupClosed, Outcome
 from mycel.compute.collective.service import Group
 from mycel.compute.collective.state import SharedState
 from mycel.compute.train.peers import Array, LeftOut, Reduced
 from mycel.protocol.errors import MycelError
 
 Result = TypeVar("Result")
-
-
-class GroupClosed(MycelError):
-    """This node has left, or is gone: a training loop cannot go on without it."""
 
 
 class GroupPeers:

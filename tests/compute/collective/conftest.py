@@ -359,6 +359,7 @@ class Peer:
         self.mover = RingMover(mesh, self.lanes, limits=LaneLimits())
         self.group = Group(mesh, self.rpc, self.mover, "demo", policy)
         self.scopes: list[trio.CancelScope] = []
+        self.is_running = trio.Event()
 
     def scope(self) -> trio.CancelScope:
         """What runs in this process runs in one of these."""
@@ -384,6 +385,7 @@ class Peer:
                     with suppress(DialError):  # it has died meanwhile
                         await self.mesh.connect(other.listen_addrs)
                 await nursery.start(self.group.run)
+                self.is_running.set()
                 await trio.sleep_forever()
 
     def kill(self) -> None:
