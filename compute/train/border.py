@@ -40,6 +40,9 @@ class BorderOptions:
     """Go on while a sum is under way, and apply it at the next border."""
     eager: float = 0.5
     """With overlap: the part of its own last way that a peer goes on from, before the sum is in."""
+    early: bool = True
+    """Go to the border as soon as others wait there, with the steps taken so far. Off: after all `every`
+    steps; then the slowest peer sets the pace, and everybody takes the same number of steps."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.eager <= 1:

@@ -79,7 +79,7 @@ async def _inner_steps(group: Group, border: Border, work: Worker) -> tuple[Flat
     """(Where this peer arrived, steps it took, their mean loss)."""
     every = border.options.every
     arrived, taken, total = border.start, 0, 0.0
-    while taken < every and not (taken and group.is_awaited(TAG)):
+    while taken < every and not (taken and border.options.early and group.is_awaited(TAG)):
         steps = min(max(1, every // CHUNKS), every - taken)
         arrived, loss = await work(arrived, steps, border.steps * every + taken)
         taken += steps

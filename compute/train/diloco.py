@@ -76,7 +76,8 @@ class DiLoCo:
         the way it went since is lost. Raises as `Peers.all_reduce` for what cannot be added up.
         """
         self._inner += 1
-        if self._inner < self.options.every and not self.peers.is_awaited(TAG):
+        is_awaited = self.options.early and self.peers.is_awaited(TAG)
+        if self._inner < self.options.every and not is_awaited:
             return None
         return self._meet()
 

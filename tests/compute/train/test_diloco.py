@@ -194,6 +194,15 @@ def test_who_is_awaited_comes_early_and_counts_for_the_steps_it_took():
     assert np.array_equal(weights[0], weights[1])
 
 
+def test_whoever_is_not_to_go_early_takes_all_its_steps():
+    def work(seat):
+        seat.awaited = lambda: True
+        diloco = DiLoCo(a_model(), seat, BorderOptions(every=3, early=False))
+        assert [diloco.step() is None for _ in range(6)] == [True, True, False] * 2
+
+    together(2, work)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_who_was_left_out_takes_over_the_others_state_and_goes_on(overlap):
     """The second of two misses a sum: its own way is lost, and nothing else."""
