@@ -3,7 +3,8 @@
 Lanes and the mover are started with the first group and stay: their sockets are worth keeping, and a node
 that is in no group opens none, and does not import numpy. Each group lives as long as its `async with` block.
 
-    async with node.together.group("my-run", shares_state=True) as (group, state):
+    async with node.together.group("my-run", least=2) as (group, state):
+        await state.sync({"weights": weights})
         await group.all_reduce(gradients)
 """
 
@@ -92,11 +93,17 @@ class Together:
         policy = Policy("any" if quorum == "any" else "majority", "border", least, founds)
         group = Group(self._mesh, self._rpc, await self._ready(), name, policy)
         state = SharedState(group, self._rpc)
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             await nursery.start(group.run)
             await nursery.start(state.run)
-            yield group, state
+            try:
+                yield group, state
+            except Exception as error:  # boundary: the caller's own; a nursery would wrap it into a group
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _ready(self) -> RingMover:
         from mycel.compute.collective.mover import RingMover

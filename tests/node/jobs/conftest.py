@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -65,6 +66,8 @@ class Node:
         self.asked: list[int] = []
         """Prompts that this node was asked to do, in order."""
         self.runner: Counting
+        self.services: list[Any] = []
+        """What a kind needs to have running."""
 
     @property
     def peer(self) -> PeerId:
@@ -72,6 +75,7 @@ class Node:
 
     def _make(self) -> None:
         mesh, disk = self.mesh, self.disk
+        self.services = []
         self.rpc = Rpc(mesh)
         self.board = SwarmBoard(mesh)
         library = Library(mesh, disk.documents, lambda author, chain: True, limits=self.swarm.documents)
@@ -111,6 +115,7 @@ class Node:
                     self.links,
                     self.stages,
                     self.generator,
+                    *self.services,
                 ):
                     await nursery.start(service.run)
                 await nursery.start(self.jobs.run)

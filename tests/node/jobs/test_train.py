@@ -1,0 +1,146 @@
+"""Train jobs in a swarm: the course outlives its coordinator, and the whole swarm's end."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import trio
+from safetensors.numpy import load
+
+from mycel.compute.train.app import App, Task, Trained
+from mycel.compute.train.client import Owner
+from mycel.compute.train.inline import InlineTrainer
+from mycel.compute.train.trainer import Trainers
+from mycel.compute.train.workshop import Workshop
+from mycel.node.jobs.kinds import TrainSpec
+from mycel.node.jobs.spec import JobInvalid, read_spec
+from mycel.node.jobs.train import TrainRunner
+from mycel.node.together import Together
+from mycel.protocol.errors import UsageProblem
+
+DATA = {"data": b"3.0\n"}
+STEPS, EVERY = 60, 5
+
+app = App()
+
+
+@app.start
+def start(task: Task) -> dict[str, np.ndarray]:
+    return {"w": np.full(2000, 10.0, np.float32)}
+
+
+@app.train
+def train(task: Task) -> Trained:
+    """Go half of the way to the number in the data."""
+    goal = float(task.data.read_text())
+    away = task.arrays["w"] - np.float32(goal)
+    if task.settings.get("fails"):
+        raise UsageProblem("this cannot be trained on")
+    kept = 0.95 ** task.setting("steps", 1)
+    return task.done(
+        {"w": np.float32(goal) + away * np.float32(kept)}, examples=1, loss=float(abs(away).mean())
+    )
+
+
+def kind(services, node) -> TrainRunner:
+    """The train kind, with a trainer that takes a virtual second for each request."""
+    together = Together(node.mesh, node.rpc)
+    node.services.append(together)
+    workshop = Workshop()
+    workshop.add("classifier", app)
+    trainers = Trainers(lambda: InlineTrainer(workshop, lambda ask: 1.0))
+    return TrainRunner(services, trainers, Owner(), together)
+
+
+def spec_of(**more: object) -> TrainSpec:
+    keys = {
+        "kind": "train",
+        "app": "classifier",
+        "data": "data.txt",
+        "steps": STEPS,
+        "inner_steps": EVERY,
+        "peers": 2,
+    }
+    spec = read_spec({**keys, **more})
+    assert isinstance(spec, TrainSpec)
+    return spec
+
+
+async def ended(s, node, job) -> str:
+    await s.until(lambda: node.view(job).is_ended, 600)
+    return node.view(job).phase
+
+
+async def results(node, job) -> tuple[np.ndarray, list[dict[str, float]]]:
+    model = load(await node.result(job, "model.safetensors"))
+    return model["w"], json.loads(await node.result(job, "borders.json"))
+
+
+async def test_members_train_one_model_and_anybody_sees_how_it_goes(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(), DATA)).id
+        await s.until(lambda: nodes[2].view(job).step == 4)
+        assert nodes[2].view(job).metrics["peers"] == 3.0
+        assert await ended(s, nodes[1], job) == "done"
+        weights, borders = await results(nodes[1], job)
+        assert [one["step"] for one in borders] == list(range(1, STEPS // EVERY + 1))
+        assert abs(weights - 3.0).max() < 1.0
+        assert borders[-1]["loss"] < 0.2 * borders[0]["loss"]
+        checkpoint = load(await nodes[0].result(job, "checkpoint.safetensors"))
+        assert np.array_equal(checkpoint["w"], weights)
+        assert checkpoint["outer.momentum"].shape == (2000,)
+
+
+async def test_a_course_goes_on_while_its_coordinator_is_replaced(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(4)
+        job = (await nodes[0].jobs.submit(spec_of(), DATA)).id
+        await s.until(lambda: any(node.view(job).step >= 3 for node in nodes))
+        coordinator = s.coordinator(job)
+        coordinator.kill()
+        others = [node for node in nodes if node is not coordinator]
+        assert await ended(s, others[0], job) == "done"
+        weights, borders = await results(others[1], job)
+        assert abs(weights - 3.0).max() < 1.0
+        assert borders[-1]["step"] == STEPS // EVERY
+        assert {one["peers"] for one in borders} <= {3, 4}
+
+
+async def test_after_the_whole_swarm_was_off_the_course_goes_on_from_its_checkpoint(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(steps=200), DATA)).id
+        await s.until(lambda: any(node.view(job).step >= 12 for node in nodes), 600)
+        for node in nodes:
+            node.kill()
+        await trio.sleep(5)
+        for node in nodes:
+            await node.restart()
+        assert await ended(s, nodes[0], job) == "done"
+        _, borders = await results(nodes[0], job)
+        assert borders[0]["step"] > 3, "it did not begin anew"
+        assert borders[-1]["step"] == 40
+
+
+async def test_what_cannot_be_trained_fails_with_the_reason(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(settings={"fails": True}), DATA)).id
+        assert await ended(s, nodes[1], job) == "failed"
+        assert "cannot be trained on" in nodes[1].view(job).text
+
+
+@pytest.mark.parametrize("more", [{"data": None}, {"offered": "notes"}])
+async def test_data_is_named_one_way(swarm, autojump_clock, more):
+    async with swarm(kind) as s:
+        (node,) = await s.grow(1)
+        files = {} if "data" in more else DATA
+        keys = {key: value for key, value in more.items() if value is not None}
+        spec = spec_of(**keys)
+        if "data" in more:
+            spec = read_spec({"kind": "train", "app": "classifier"})
+        with pytest.raises(JobInvalid, match="one of data"):
+            await node.jobs.submit(spec, files)
