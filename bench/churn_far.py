@@ -19,7 +19,7 @@ import numpy as np
 import trio
 
 from mycel.compute.collective.mover import RingMover
-from mycel.compute.collective.outcome import Fenced
+from mycel.compute.collective.outcome import Fenced, GroupClosed
 from mycel.compute.collective.policy import Policy
 from mycel.compute.collective.service import Group
 from mycel.node.host import Host
@@ -86,7 +86,7 @@ class Peer:
             array[:] = self.number
             try:
                 outcome = await self.group.all_reduce(array, op="sum", tag=f"t{tag}")
-            except Fenced:
+            except (Fenced, GroupClosed):
                 untouched = bool((array == self.number).all())
                 say(fenced=True, untouched=untouched)
                 await trio.sleep(0.05)

@@ -34,6 +34,10 @@ CircuitDial = Callable[[Multiaddr], Awaitable[Pipe]]
 """Opens a pipe to the peer behind a relayed address. Raises `DialError`; cleans up when cancelled."""
 
 
+SETTLE_S = 0.02
+"""After a peer is up: a dial of our own that brought it returns by itself meanwhile."""
+
+
 class Beginner(Protocol):
     """What the connector needs of the host."""
 
@@ -91,12 +95,38 @@ class Connector:
             await trio.lowlevel.checkpoint()
             return wanted
         try:
-            direct_first = sorted(self._elsewhere(addrs), key=is_circuit)
-            link = await Race(direct_first, self._attempt, self._stagger, self._spare).run()
+            link = await self._race(addrs, wanted)
         except DialError:
             self._host.counters.dials_failed += 1
             raise
+        if link is None:
+            assert wanted is not None, "nobody else ends a race"
+            return wanted
         return await self.settle(link)
+
+    async def _race(self, addrs: Sequence[Multiaddr], wanted: PeerId | None) -> Link | None:
+        """The first link that opens; None once `wanted` is up by other means, as when it dials this node."""
+        direct_first = sorted(self._elsewhere(addrs), key=is_circuit)
+        race = Race(direct_first, self._attempt, self._stagger, self._spare)
+        link: Link | None = None
+        failure: MycelError | None = None
+        async with trio.open_nursery() as nursery:
+            if wanted is not None:
+                nursery.start_soon(self._await_up, wanted, nursery.cancel_scope)
+            try:
+                link = await race.run()
+            except MycelError as error:  # a nursery would make a group of it
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return link
+
+    async def _await_up(self, wanted: PeerId, race: trio.CancelScope) -> None:
+        while wanted not in self._roster.peers:
+            await self._roster.changed.park()
+        await trio.sleep(SETTLE_S)
+        race.cancel()
 
     def _elsewhere(self, addrs: Sequence[Multiaddr]) -> Sequence[Multiaddr]:
         """`addrs` without those that this node itself has, as when two homes use the same ones inside; all

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trio
 
-from mycel.compute.collective.outcome import Fenced
+from mycel.compute.collective.outcome import Fenced, GroupClosed
 from mycel.compute.collective.policy import Policy
 from mycel.protocol.errors import DialError
 from mycel.simnet import clock
@@ -35,7 +35,7 @@ class Watch:
                 array = peer.array(3000)
                 try:
                     outcome = await peer.group.all_reduce(array, op="sum", tag=f"t{tag}")
-                except Fenced:
+                except (Fenced, GroupClosed):
                     self.fenced += 1
                     last = trio.current_time()
                     await trio.sleep(0.05)

@@ -34,6 +34,23 @@ def test_dialing_silence_ends_with_the_deadline(play):
     play(scenario)
 
 
+def test_a_dial_ends_when_the_peer_comes_by_itself(play):
+    async def scenario(world):
+        a, b, elsewhere = await world.host("a"), await world.host("b"), await world.host("elsewhere")
+        world.machine("elsewhere").silence()
+        silent = addr_of(b, world.machine("elsewhere").ips[0])
+        assert not elsewhere.connections
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.connect, [addr_of(a)])
+            assert await a.connect([silent]) == b.peer_id
+        assert trio.current_time() - began < 0.5
+        assert b.peer_id in a.peers
+        assert a.connections == 1
+
+    play(scenario)
+
+
 def test_a_listener_that_never_shakes_hands_ends_with_the_deadline(play):
     async def scenario(world):
         a = await world.host("a")
