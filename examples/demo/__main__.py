@@ -98,7 +98,9 @@ def _complete(swarm: Swarm) -> None:
     running = {daemon.name for daemon in swarm.daemons if daemon.process.poll() is None}
     for name in ("bert", "dora"):
         if name not in running:
-            swarm.await_up(swarm.start(name, "join", _ticket(swarm)))
+            swarm.start(name, "join", _ticket(swarm))
+    for daemon in swarm.daemons:
+        swarm.await_up(daemon)
 
 
 def _train(swarm: Swarm, training: Training, folder: Path) -> None:
