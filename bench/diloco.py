@@ -1,7 +1,7 @@
 """DiLoCo against data-parallel training: a byte LM on Python's own sources, four workers, real processes.
 
-    loss_vs_parallel     held-out loss of DiLoCo (a border every 50 steps, int8) over that of averaging every
-                         step's gradients, after the same tokens
+    loss_vs_parallel     held-out loss of DiLoCo (a border every 50 steps, int8 with error feedback) over that
+                         of averaging every step's gradients, after the same tokens
     loss_vs_alone        the same over one worker that trains by itself, on a quarter of the tokens
     bytes_vs_parallel    bytes on the loopback device during DiLoCo, everything counted, over those of
                          an fp32 ring all-reduce at every step (computed: 2 (n - 1) times the weights)
@@ -31,10 +31,10 @@ from mycel.node.client import Client
 
 WORKERS = 4
 TRAINING = {
-    "workers": WORKERS, "steps": 10_000, "batch": 64, "rate": 4e-3, "every": 50,
+    "workers": WORKERS, "steps": 20_000, "batch": 64, "rate": 4e-3, "every": 50,
     "outer_rate": 0.7, "momentum": 0.8, "overlap": False, "delay_s": 0.0,
 }  # fmt: skip
-DELAYED = {**TRAINING, "steps": 400, "batch": 1536, "delay_s": 1.0}
+DELAYED = {**TRAINING, "steps": 400, "batch": 4096, "delay_s": 1.0}
 """Steps long enough that a second is less than fifty of them."""
 PARALLEL_RATES = (4e-3, 8e-3)
 """The better one counts: what is compared with has the learning rate that suits it."""

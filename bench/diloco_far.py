@@ -176,7 +176,7 @@ def together(
     options = mycel.BorderOptions(
         every=ask["every"],
         outer=mycel.OuterOptions(ask["outer_rate"], ask["momentum"]),
-        codec="int8",
+        codec="int8+feedback",
         overlap=ask["overlap"],
         early=False,
     )
