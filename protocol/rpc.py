@@ -249,7 +249,7 @@ class Rpc:
             await call.begin(parts)
             response = await call.receive()
             await call.finish()
-        except BaseException:
+        except BaseException:  # why: a call given up resets its stream too; raised again
             call.reset()
             raise
         return response

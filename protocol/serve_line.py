@@ -185,7 +185,7 @@ class LineServer:
                 for part in parts:
                     await stream.send(part, end=part is parts[-1])
                 await stream.aclose()
-            except BaseException:
+            except BaseException:  # why: an answer given up resets its stream too; raised again
                 stream.reset()
                 raise
         except STREAM_GONE:  # the line's loss tells the caller; a lone reset means it does not wait any more
