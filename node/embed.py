@@ -10,6 +10,7 @@ forgotten: whoever runs the script again is another peer with the same rights.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ class Swarm:
         try:
             yield peers
         finally:
-            trio.from_thread.run_sync(leave.set, trio_token=self._trio)
+            with contextlib.suppress(trio.RunFinishedError):  # the node has ended, and its groups with it
+                trio.from_thread.run_sync(leave.set, trio_token=self._trio)
             left.result()
 
     async def _hold_group(
@@ -120,7 +122,8 @@ def join(ticket: str, *, label: str = "script", **settings: Any) -> Iterator[Swa
             try:
                 yield swarm
             finally:
-                trio.from_thread.run_sync(stop.set, trio_token=swarm._trio)
+                with contextlib.suppress(trio.RunFinishedError):  # it has ended by itself
+                    trio.from_thread.run_sync(stop.set, trio_token=swarm._trio)
         finally:
             thread.join()
 
