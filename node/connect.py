@@ -8,6 +8,7 @@ dial per peer is under way at a time, and whoever asks meanwhile gets its result
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -32,10 +33,6 @@ from mycel.protocol.network import Network, Pipe
 
 CircuitDial = Callable[[Multiaddr], Awaitable[Pipe]]
 """Opens a pipe to the peer behind a relayed address. Raises `DialError`; cleans up when cancelled."""
-
-
-SETTLE_S = 0.02
-"""After a peer is up: a dial of our own that brought it returns by itself meanwhile."""
 
 
 class Beginner(Protocol):
@@ -107,12 +104,13 @@ class Connector:
     async def _race(self, addrs: Sequence[Multiaddr], wanted: PeerId | None) -> Link | None:
         """The first link that opens; None once `wanted` is up by other means, as when it dials this node."""
         direct_first = sorted(self._elsewhere(addrs), key=is_circuit)
-        race = Race(direct_first, self._attempt, self._stagger, self._spare)
+        own: list[Link] = []
+        race = Race(direct_first, partial(self._attempt, begun=own), self._stagger, self._spare)
         link: Link | None = None
         failure: MycelError | None = None
         async with trio.open_nursery() as nursery:
             if wanted is not None:
-                nursery.start_soon(self._await_up, wanted, nursery.cancel_scope)
+                nursery.start_soon(self._await_other, wanted, own, nursery.cancel_scope)
             try:
                 link = await race.run()
             except MycelError as error:  # a nursery would make a group of it
@@ -122,11 +120,14 @@ class Connector:
             raise failure
         return link
 
-    async def _await_up(self, wanted: PeerId, race: trio.CancelScope) -> None:
-        while wanted not in self._roster.peers:
+    async def _await_other(self, wanted: PeerId, own: Sequence[Link], race: trio.CancelScope) -> None:
+        """End the race once `wanted` is up over a link that is none of the race's `own`."""
+        while True:
+            peering = self._roster.get(wanted) if wanted in self._roster.peers else None
+            if peering is not None and any(link not in own for link in peering.links):
+                race.cancel()
+                return
             await self._roster.changed.park()
-        await trio.sleep(SETTLE_S)
-        race.cancel()
 
     def _elsewhere(self, addrs: Sequence[Multiaddr]) -> Sequence[Multiaddr]:
         """`addrs` without those that this node itself has, as when two homes use the same ones inside; all
@@ -140,8 +141,8 @@ class Connector:
         if peering is None or len(peering.links) < 2:
             link.end("closed", "the dial was given up")
 
-    async def _attempt(self, addr: Multiaddr) -> Link:
-        """Connect to one address, up to a proven peer."""
+    async def _attempt(self, addr: Multiaddr, begun: list[Link]) -> Link:
+        """Connect to one address, up to a proven peer; notes the link in `begun`."""
         seconds = self._host.limits.dial_s
         try:
             with trio.fail_after(seconds):
@@ -149,7 +150,7 @@ class Connector:
         except trio.TooSlowError:
             raise DeadlineExceeded(f"no answer within {seconds:g} s") from None
         self._host.counters.dialed += 1
-        return await self.shake(pipe, expected=peer_of(addr), dialer=True)
+        return await self._shake(pipe, expected=peer_of(addr), dialer=True, begun=begun)
 
     async def _open(self, addr: Multiaddr) -> Pipe:
         if not is_circuit(addr):
@@ -160,7 +161,11 @@ class Connector:
 
     async def shake(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool) -> Link:
         """A link over `pipe` with a proven peer. Raises why there is none; cancelled, it gives it up."""
+        return await self._shake(pipe, expected=expected, dialer=dialer, begun=[])
+
+    async def _shake(self, pipe: Pipe, *, expected: PeerId | None, dialer: bool, begun: list[Link]) -> Link:
         link = self._host.begin(pipe, expected=expected, dialer=dialer)
+        begun.append(link)
         try:
             await link.wait_open()
         except BaseException:  # why: a cancelled dial gives its connection up too; raised again

@@ -71,34 +71,33 @@ def test_a_member_is_found_and_dialled_by_its_id_alone_wherever_it_is(town, monk
         home = await t.join("home", "symmetric")
         await stated(t, *nodes, home)
 
-        async def part(asker, others):
-            """One of `others` whom the mesh does not keep connected with `asker`, and is not now."""
-            other = next(
-                one
-                for one in others
-                if one is not asker
-                and not asker.contacts.holds(one.host.peer_id)
-                and not one.contacts.holds(asker.host.peer_id)
+        async def part(askers, others):
+            """Two whom the mesh does not keep connected, and who are not now; the second one's id too."""
+            asker, other = next(
+                (one, other)
+                for one in askers
+                for other in others
+                if one is not other
+                and not one.contacts.holds(other.host.peer_id)
+                and not other.contacts.holds(one.host.peer_id)
             )
             asker.host.disconnect(other.host.peer_id, "unused")
             asker.discovery.kad.table.forget(other.host.peer_id)
             await t.until(lambda: other.host.peer_id not in asker.host.peers)
-            return other, other.host.peer_id
+            return asker, other, other.host.peer_id
 
-        wanted, peer = await part(nodes[0], nodes)
-        assert await nodes[0].discovery.find(peer) == tuple(map(str, wanted.host.listen_addrs))
-        await nodes[0].discovery.connect(peer)
-        assert peer in nodes[0].host.peers
+        asker, wanted, peer = await part(nodes, nodes)
+        assert await asker.discovery.find(peer) == tuple(map(str, wanted.host.listen_addrs))
+        await asker.discovery.connect(peer)
+        assert peer in asker.host.peers
 
         unfit = [*home.reach.circuits.relays, *home.contacts._table]
-        far = next(one for one in nodes if one.host.peer_id not in unfit)
-        await part(far, [home])
-        assert "p2p-circuit" in (await far.discovery.find(home.host.peer_id))[-1]
-        await far.discovery.connect(home.host.peer_id)
-        assert home.host.peer_id in far.host.peers
+        far, _, peer = await part([one for one in nodes if one.host.peer_id not in unfit], [home])
+        assert "p2p-circuit" in (await far.discovery.find(peer))[-1]
+        await far.discovery.connect(peer)
+        assert peer in far.host.peers
 
-        seeker = nodes[3]
-        _, peer = await part(seeker, nodes)
+        seeker, _, peer = await part(nodes[::-1], nodes)
         monkeypatch.setattr(contacts, "CONTACTS_MAX", 20)
         where = f"/ip4/11.200.1.1/tcp/4001/p2p/{peer}"
         seeker.contacts.learn(peer, [where], trio.current_time())
