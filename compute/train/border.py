@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from mycel.compute.train.outer import Flat, Outer, OuterOptions, norm, staleness
 from mycel.protocol.errors import LocalProtocolError
 
+TAG = "diloco"
+"""Under which rows are summed up."""
 BLOCK = 1024
 """Numbers in the largest block that a codec gives one scale: one number alone in it keeps its precision."""
 

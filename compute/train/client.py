@@ -67,6 +67,25 @@ class Owner:
     trusted: Sequence[PeerId] = ()
     """Submitters whose own applications may run here."""
 
+    def trusts(self, submitter: PeerId, me: PeerId) -> bool:
+        """Whether code of `submitter` may run at this node, `me`."""
+        return submitter in (me, *self.trusted)
+
+    def check_code(self, job: str, submitter: PeerId, me: PeerId) -> None:
+        """Raise `Refused` ("untrusted") where code that `submitter` brings for `job` may not run here."""
+        if not self.trusts(submitter, me):
+            raise Refused(
+                f"job {job} brings code of {submitter}, whom this node's owner does not trust: "
+                "add that id to trust_submitters to let it run here",
+                reason="untrusted",
+            )
+
+    def offered(self, name: str) -> Path:
+        """The data of that name. Raises `Refused` ("no-data")."""
+        if name not in self.data:
+            raise Refused(f"this node's owner offers no data named {name!r}", reason="no-data")
+        return self.data[name]
+
 
 @dataclass(slots=True)
 class _Work:
@@ -176,14 +195,9 @@ class FederatedClient:
                 "coordinates it now",
                 reason="stale-epoch",
             )
-        if terms.source.is_bundle and terms.submitter not in [self._mesh.peer_id, *self._owner.trusted]:
-            raise Refused(
-                f"job {claim.job} brings code of {terms.submitter}, whom this node's owner does not trust: "
-                "add that id to trust_submitters to let it run here",
-                reason="untrusted",
-            )
-        if terms.data not in self._owner.data:
-            raise Refused(f"this node's owner offers no data named {terms.data!r}", reason="no-data")
+        if terms.source.is_bundle:
+            self._owner.check_code(claim.job, terms.submitter, self._mesh.peer_id)
+        self._owner.offered(terms.data)
         if part is None:
             raise Refused(f"this node has not begun with job {claim.job}", reason="not-ready")
         part.epoch = claim.epoch

@@ -18,10 +18,9 @@ import numpy as np
 from mycel.compute.collective.outcome import Fenced
 from mycel.compute.collective.service import Group
 from mycel.compute.collective.state import SharedState
-from mycel.compute.train.border import Border, OuterStep
+from mycel.compute.train.border import TAG, Border, OuterStep
 from mycel.compute.train.outer import Flat
 
-TAG = "diloco"
 FIGURES_TAG = "diloco/figures"
 CHUNKS = 5
 """Inner steps of a border are asked of the worker in so many pieces."""

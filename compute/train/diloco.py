@@ -24,12 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mycel.compute.train.border import Border, BorderOptions, OuterStep
+from mycel.compute.train.border import TAG, Border, BorderOptions, OuterStep
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Flat
 from mycel.compute.train.peers import LeftOut, Peers, Pending
 
-TAG = "diloco"
 GRADIENTS_TAG = "gradients"
 
 

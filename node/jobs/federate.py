@@ -23,7 +23,7 @@ from mycel.compute.train.client import FederatedClient, Owner, Terms
 from mycel.compute.train.orders import FIRST, Claim
 from mycel.compute.train.trade import BUNDLE_ENTRY, Begun, Source
 from mycel.compute.train.trainer import Trainers
-from mycel.node.jobs.kinds import FederateSpec, Spec
+from mycel.node.jobs.kinds import FederateSpec, Spec, TrainSpec
 from mycel.node.jobs.lease import Lease
 from mycel.node.jobs.runner import Context, Fence, JobFailed, Services
 from mycel.node.jobs.spec import Blob, Job, JobInvalid
@@ -75,7 +75,7 @@ class FederateRunner:
         spec = _spec_of(job.spec)
         code: bytes | None = None
         if spec.code is not None:
-            is_trusted = job.submitter in (self._own, *self._owner.trusted)
+            is_trusted = self._owner.trusts(job.submitter, self._own)
             code = await context.fetch(job.inputs["code"]) if is_trusted else UNREAD[BUNDLE_ENTRY]
         source = source_of(spec, code)
         terms = Terms(job.id, job.submitter, source, spec.data, dict(spec.settings), spec.seed)
@@ -192,7 +192,7 @@ class BlobKeep:
         return await self._context.resume()
 
 
-def source_of(spec: FederateSpec, code: bytes | None) -> Source:
+def source_of(spec: FederateSpec | TrainSpec, code: bytes | None) -> Source:
     """Where the job's application comes from."""
     return Source(spec.app, {BUNDLE_ENTRY: code} if code is not None else {})
 

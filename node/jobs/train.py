@@ -32,6 +32,7 @@ from mycel.compute.engine import EngineLost
 from mycel.compute.train.client import Owner
 from mycel.compute.train.trade import BUNDLE_ENTRY, Source, StartAsk, WorkAsk
 from mycel.compute.train.trainer import Trainers
+from mycel.node.jobs.federate import UNREAD, source_of
 from mycel.node.jobs.kinds import Spec, TrainSpec
 from mycel.node.jobs.runner import Context, JobFailed, Services
 from mycel.node.jobs.spec import Blob, Job, JobInvalid
@@ -110,7 +111,7 @@ class TrainRunner:
                 "give one of data (a file that you bring) and offered (the name under which owners offer it)"
             )
         try:
-            Source(keys.app, {BUNDLE_ENTRY: b"app"} if keys.code is not None else {}).check()
+            source_of(keys, None if keys.code is None else UNREAD[BUNDLE_ENTRY]).check()
         except UsageProblem as error:
             raise JobInvalid(str(error)) from None
 
@@ -133,6 +134,7 @@ class TrainRunner:
 
     async def _train(self, job: Job, context: Context) -> None:
         from mycel.compute.train.course import run_course
+        from mycel.compute.train.rows import row_of
 
         spec = _spec_of(job.spec)
         source = await self._source(job, context)
@@ -151,8 +153,6 @@ class TrainRunner:
                 ask = WorkAsk(spec.app, job.id, done, layout, tensor, settings, seed, str(data), True, False)
                 result = await self._trainers.work(source, ask, STEP_S_MAX)
                 assert result.update is not None, "training was asked for"
-                from mycel.compute.train.rows import row_of
-
                 arrived = row_of(result.update.data, layout) + weights
                 return arrived, result.metrics.get("loss", math.nan)
 
@@ -168,24 +168,18 @@ class TrainRunner:
     async def _source(self, job: Job, context: Context) -> Source:
         """Raises `Refused` ("untrusted")."""
         spec = _spec_of(job.spec)
-        if spec.code is None:
-            return Source(spec.app).check()
-        if job.submitter not in (context.mesh.peer_id, *self._owner.trusted):
-            raise Refused(
-                f"job {job.id[:8]} brings code of {context.label(job.submitter)}, whom this node's owner "
-                "does not trust by name (trust_submitters)",
-                reason="untrusted",
-            )
-        return Source(spec.app, {BUNDLE_ENTRY: await context.fetch(job.inputs["code"])}).check()
+        code: bytes | None = None
+        if spec.code is not None:
+            self._owner.check_code(job.id, job.submitter, context.mesh.peer_id)
+            code = await context.fetch(job.inputs["code"])
+        return source_of(spec, code).check()
 
     @asynccontextmanager
     async def _data(self, job: Job, context: Context) -> AsyncIterator[Path]:
         """Where the data stands. Raises `Refused` ("no-data")."""
         spec = _spec_of(job.spec)
         if spec.offered is not None:
-            if spec.offered not in self._owner.data:
-                raise Refused(f"this node's owner offers no data named {spec.offered!r}", reason="no-data")
-            yield self._owner.data[spec.offered]
+            yield self._owner.offered(spec.offered)
             return
         content = await context.fetch(job.inputs["data"])
         with tempfile.TemporaryDirectory(prefix="mycel-data-") as folder:
