@@ -197,8 +197,8 @@ async def test_a_connection_given_up_for_another_closes_in_spite_of_calls(make_d
                 nursery.start_soon(ask, duo.near, duo.near_mesh, number)
                 nursery.start_soon(ask, duo.far, duo.far_mesh, number)
                 if number % 40 == 10:
-                    nursery.start_soon(duo.near_mesh._connector._attempt, duo.far_mesh.listen_addrs[0])
-                    nursery.start_soon(duo.far_mesh._connector._attempt, duo.near_mesh.listen_addrs[0])
+                    nursery.start_soon(duo.near_mesh._connector._attempt, duo.far_mesh.listen_addrs[0], [])
+                    nursery.start_soon(duo.far_mesh._connector._attempt, duo.near_mesh.listen_addrs[0], [])
                 await trio.sleep(1.0)
         assert answered == 200
         await trio.sleep(2 * CallLimits().line_s)
