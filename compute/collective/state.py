@@ -36,6 +36,7 @@ from mycel.compute.collective.inventory import (
     span_of,
     take_stock,
 )
+from mycel.compute.collective.outcome import Fenced
 from mycel.compute.collective.service import Group
 from mycel.protocol.errors import MycelError, Refused, UsageProblem
 from mycel.protocol.mesh import PeerId
@@ -53,6 +54,9 @@ SERVERS = 4
 
 ASKED = 4
 """Chunks asked of one of them at once: a megabyte each, so a line of 1 Gbit/s stays full at 30 ms."""
+
+BORDER_TAG = "state/border"
+"""What members wait under for those who are not at the border yet."""
 
 CHUNK_S = 20.0
 """A chunk takes 4 s at 2 Mbit/s; whoever does not send one within this is asked no more."""
@@ -128,7 +132,7 @@ class SharedState:
         `Fenced` as the group does, `StateLost`, and `RemoteProtocolError` where the group's tensors have
         other names or sizes; the tensors are as they were then.
         """
-        await self._group.border(tag="state/border")
+        await self._group.border(tag=BORDER_TAG)
         self._copies.clear()
         inventory = await _beside(state, take_stock)
         own = np.frombuffer(self._syncs.to_bytes(8, "big") + root_of(inventory), np.uint8)
@@ -148,6 +152,14 @@ class SharedState:
             self._kept.unpark_all()
         self._syncs = int.from_bytes(chosen[:8], "big") + 1
         return Synced(me in behind, behind, outcome.contributors)
+
+    async def agree(self, state: Mapping[str, Array]) -> Synced:
+        """`sync`, by whoever was left out until it is in again. Raises as `sync`, `Fenced` apart."""
+        while True:
+            try:
+                return await self.sync(state)
+            except Fenced:  # it comes in again by itself, at the others' next border
+                continue
 
     async def _fetch(
         self, state: Mapping[str, Array], own: Inventory, root: bytes, holders: list[PeerId]

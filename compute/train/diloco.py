@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mycel.compute.collective.state import BORDER_TAG
 from mycel.compute.train.border import TAG, Border, BorderOptions, OuterStep
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Flat
@@ -75,7 +76,8 @@ class DiLoCo:
         the way it went since is lost. Raises as `Peers.all_reduce` for what cannot be added up.
         """
         self._inner += 1
-        is_awaited = self.options.early and self.peers.is_awaited(TAG)
+        awaited = BORDER_TAG if self.options.overlap else TAG  # with overlap, its row is there already
+        is_awaited = self.options.early and self.peers.is_awaited(awaited)
         if self._inner < self.options.every and not is_awaited:
             return None
         return self._meet()

@@ -64,11 +64,7 @@ class GroupPeers:
 
     def sync(self, state: Mapping[str, Array]) -> bool:
         """See `Peers.sync`. Raises `StateLost`, `GroupClosed`."""
-        while True:
-            try:
-                return self._do(partial(self._state.sync, state)).replaced
-            except LeftOut:  # it comes in again by itself, at the others' next border
-                continue
+        return self._do(partial(self._state.agree, state)).replaced
 
     def _do(self, what: Callable[[], Awaitable[Result]]) -> Result:
         try:

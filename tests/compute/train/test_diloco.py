@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mycel.compute.train.border import BorderOptions
+from mycel.compute.collective.state import BORDER_TAG
+from mycel.compute.train.border import TAG, BorderOptions
 from mycel.compute.train.diloco import DataParallel, DiLoCo
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Outer, OuterOptions
@@ -40,6 +41,8 @@ class Seat:
     def __init__(self, table, seat):
         self.table, self.seat = table, seat
         self.awaited = lambda: False
+        self.asked = {}
+        """Tags under which it asked whether it is awaited."""
         self.left_out = None
         """Who misses the next reduction, as all seats know."""
 
@@ -60,6 +63,7 @@ class Seat:
         return Later(self, array, op)
 
     def is_awaited(self, tag):
+        self.asked[tag] = True
         return self.awaited()
 
     def sync(self, state):
@@ -192,6 +196,17 @@ def test_who_is_awaited_comes_early_and_counts_for_the_steps_it_took():
     expected = starts[0] - (8 * ways[0] + 2 * ways[1]) / np.float32(10)
     np.testing.assert_allclose(weights[0], expected, rtol=1e-5, atol=1e-6)
     assert np.array_equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(("overlap", "tag"), [(False, TAG), (True, BORDER_TAG)])
+def test_who_overlaps_is_awaited_at_the_border_since_its_row_is_given_long_before(overlap, tag):
+    def work(seat):
+        diloco = DiLoCo(a_model(), seat, BorderOptions(every=4, overlap=overlap))
+        seat.awaited = lambda: True
+        assert diloco.step() is not None
+        assert list(seat.asked) == [tag]
+
+    together(2, work)
 
 
 def test_whoever_is_not_to_go_early_takes_all_its_steps():
