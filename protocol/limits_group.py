@@ -28,6 +28,9 @@ class GroupLimits:
     """A member whose connection was lost may be back within this before the next epoch leaves it out. Who is
     dialled in vain is not waited for: where a process was killed, its machine says so at once."""
 
+    silent_s: float = 0.25
+    """As `grace_s`, for a member that fell silent: it was waited for already when its connection ended."""
+
     doubt_s: float = 1.0
     """A member whom somebody suspects, or misses, may take this long to answer."""
 

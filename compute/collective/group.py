@@ -199,12 +199,12 @@ class Membership:
             self._tell([peer], self._hello(asks=True))
         self._after(now)
 
-    def down(self, now: float, peer: PeerId) -> None:
-        """A peer's connection is lost."""
+    def down(self, now: float, peer: PeerId, *, was_silent: bool = False) -> None:
+        """A peer's connection is lost; `was_silent`: after nothing had come over it for a while."""
         self._connected.pop(peer, None)
         self._door.forget(peer)
         if self._inside is not None and peer in self._inside.epoch.peers:
-            self._inside.succession.lose(now, peer)
+            self._inside.succession.lose(now, peer, was_silent=was_silent)
         self._after(now)
 
     def miss(self, now: float, peer: PeerId) -> None:

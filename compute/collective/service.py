@@ -42,6 +42,7 @@ from mycel.compute.collective.group import Membership
 from mycel.compute.collective.ledger import Abandon, Action, Begin, Entered, Left, Send, Settled
 from mycel.compute.collective.outcome import Fenced, GroupClosed, Operation, OperationRefused, Outcome
 from mycel.compute.collective.policy import Policy
+from mycel.compute.collective.redial import Redial
 from mycel.protocol.errors import LimitExceeded, LocalProtocolError, MycelError, UsageProblem
 from mycel.protocol.limits_group import DEFAULT_GROUP_LIMITS, GroupLimits
 from mycel.protocol.mesh import Access, Mesh, PeerDown, PeerId
@@ -82,7 +83,7 @@ class Group:
         self._nursery: trio.Nursery | None = None
         self._poke = trio.Event()
         self._news = trio.lowlevel.ParkingLot()
-        self._addresses: dict[PeerId, tuple[str, ...]] = {}
+        self._redial = Redial(mesh, limits.patience_s, self._on_miss)
         self.fenced = 0  # how often this node found itself left out
 
     @property
@@ -337,6 +338,7 @@ class Group:
 
     def _take(self, call: Call, bundle: Bundle) -> None:
         now = trio.current_time()
+        self._redial.note(call.peer)
         for message in bundle.messages:
             self._core.receive(now, call.peer, message)
         self._act()
@@ -365,8 +367,7 @@ class Group:
                     self._compare(known)
                     async for event in events:
                         if isinstance(event, PeerDown) and known.pop(event.peer, False) is None:
-                            self._core.down(trio.current_time(), event.peer)
-                            self._redial(event)
+                            self._lose(event)
                         self._compare(known)
             except LimitExceeded:
                 continue  # too far behind: look again from the start
@@ -378,23 +379,19 @@ class Group:
         for peer in [peer for peer in known if peer not in here]:
             del known[peer]
             self._core.down(now, peer)
-        for peer, info in here.items():
-            self._addresses[peer] = tuple(str(addr) for addr in info.listen_addrs)
+        for peer in here:
+            self._redial.note(peer, anew=True)
             if peer not in known:
                 known[peer] = None
                 self._core.up(now, peer)
         self._act()
 
-    def _redial(self, event: PeerDown) -> None:
-        """A member's connection broke: it may be back before the next epoch leaves it out."""
-        addrs = self._addresses.pop(event.peer, ())
+    def _lose(self, event: PeerDown) -> None:
+        """A peer's connection broke: it may be back before the next epoch leaves it out."""
+        self._core.down(trio.current_time(), event.peer, was_silent=event.reason == "silent")
         is_member = self.epoch is not None and event.peer in self.epoch.peers
-        if is_member and addrs and event.reason != "left" and self._nursery is not None:
-            self._nursery.start_soon(self._dial, event.peer, addrs)
+        self._redial.begin(event, self._nursery if is_member else None)
 
-    async def _dial(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
-        try:
-            await self._mesh.connect(addrs, timeout=self._limits.patience_s)
-        except MycelError:  # it is gone, then
-            self._core.miss(trio.current_time(), peer)
-            self._act()
+    def _on_miss(self, peer: PeerId) -> None:
+        self._core.miss(trio.current_time(), peer)
+        self._act()

@@ -4,7 +4,8 @@ What may be proposed, and what counts as settled, is `mycel.compute.collective.s
 course of it: whoever misses a member, or hears that an attempt broke, wants the next epoch. The members
 propose one after the other in the epoch's order, each waiting for the ones before it. A proposer waits for
 promises: of members that are connected for `patience_s`, of suspected ones for `doubt_s`, of those that are
-lost for `grace_s`, in which they may be back. Messages that are lost are said again with every `press`.
+lost for `grace_s` (`silent_s` where they fell silent), in which they may be back. Messages that are lost are
+said again with every `press`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Succession:
         self._begin_at = math.inf
         self._wake_at = math.inf
         self._lost: dict[PeerId, float] = {}
+        """Members that are missed, and until when they are waited for."""
         self._suspects: dict[PeerId, str] = {}
 
     def take(self) -> list[Action]:
@@ -89,10 +91,10 @@ class Succession:
         voices = len(proposal.promises if proposal.value is None else proposal.accepted)
         return f"{voices} of {len(self._epoch.members)} members answer; {self._quorum} is needed"
 
-    def lose(self, now: float, peer: PeerId) -> None:
+    def lose(self, now: float, peer: PeerId, *, was_silent: bool = False) -> None:
         """A member's connection is lost."""
         if peer not in self._lost:
-            self._lost[peer] = now
+            self._lost[peer] = now + (self._limits.silent_s if was_silent else self._limits.grace_s)
             why = f"{peer} is not connected to {self._me}"
             self._tell(self.here, Suspect(self._place, peer, why))  # who comes first may not have noticed
             self.want(now, why)
@@ -107,7 +109,7 @@ class Succession:
     def miss(self, now: float, peer: PeerId) -> None:
         """A lost member was dialled in vain: nobody needs to wait for it any longer."""
         if peer in self._lost:
-            self._lost[peer] = min(self._lost[peer], now - self._limits.grace_s)
+            self._lost[peer] = min(self._lost[peer], now)
 
     def bury(self, now: float, peer: PeerId) -> None:
         """That member is another life of its peer now, and will never answer."""
@@ -222,7 +224,7 @@ class Succession:
         if peer in proposal.promises and proposal.value is None:
             return -math.inf
         if peer in self._lost:
-            return self._lost[peer] + self._limits.grace_s
+            return self._lost[peer]
         is_suspect = peer in self._suspects
         return proposal.since + (self._limits.doubt_s if is_suspect else self._limits.patience_s)
 

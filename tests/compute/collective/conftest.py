@@ -99,6 +99,15 @@ class Bottle:
                 other.core.miss(self.now, node.name)
                 self.act(other)
 
+    def hush(self, name: str) -> None:
+        """The process stands still; its peers' connections end after a while, and dialling it does."""
+        node = self.nodes[PeerId(name)]
+        node.alive = False
+        for other in self._alive():
+            if frozenset((node.name, other.name)) not in self.cut:
+                other.core.down(self.now, node.name, was_silent=True)
+                self.act(other)
+
     def part(self, names: list[str]) -> None:
         """Cut these off from all others; what is on its way between them is lost."""
         side = {PeerId(name) for name in names}
@@ -286,6 +295,10 @@ class Script:
     def do_kill(self, *names: str) -> None:
         for name in names:
             self.bottle.kill(name)
+
+    def do_hush(self, *names: str) -> None:
+        for name in names:
+            self.bottle.hush(name)
 
     def do_part(self, *names: str) -> None:
         self.bottle.part(list(names))

@@ -6,7 +6,7 @@ A script has one step a line; indented words are names of peers:
     call x a b             they call an all-reduce of tag x (barrier..., border... are called so)
     call x/7 a             ...of 7 items
     run 2                  two seconds pass
-    kill a / part a b / heal / leave a / hold / move a x / break a x b / give_up a x
+    kill a / hush a / part a b / heal / leave a / hold / move a x / break a x b / give_up a x
     epoch 3 a b c          these are in one epoch, of this number, and it has no other members
     out a                  it is outside
     ended x kept a b       their latest call of x ended so
@@ -66,6 +66,21 @@ SCRIPTS = {
         kill c
         run 0.4
         together a b
+        ended x kept a b
+    """,
+    "a member that falls silent is waited for a quarter of a second more": """
+        start a b c
+        run 3
+        hold
+        call x a b c
+        run 0.1
+        hush c
+        run 0.2
+        epoch 2 a b c
+        run 0.1
+        together a b
+        move x a b
+        run 0.1
         ended x kept a b
     """,
     "a member that dies after all have voted takes nothing with it": """

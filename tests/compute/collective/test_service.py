@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import trio
 
 from mycel.compute.collective.outcome import Fenced, OperationRefused, Outcome
 from mycel.compute.collective.policy import Policy
+from mycel.compute.collective.service import Group
 from mycel.protocol.errors import UsageProblem
 from mycel.protocol.mesh import PeerId
 from mycel.simnet import clock
@@ -172,6 +174,42 @@ async def test_a_connection_that_breaks_and_comes_back_costs_nobody_its_place(sw
         assert same_bytes(calls, peers) == 2.0
         assert not calls.errors
         assert max(calls.took.values()) < 2
+
+
+class LateToSay:
+    """A mesh whose peers say where they listen a moment after they are up, as they do over TCP."""
+
+    def __init__(self, mesh: Any) -> None:
+        self._mesh = mesh
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mesh, name)
+
+    @property
+    def peers(self) -> dict[PeerId, Any]:
+        now = trio.current_time()
+        return {
+            peer: info if now > info.since + 0.05 else replace(info, listen_addrs=())
+            for peer, info in self._mesh.peers.items()
+        }
+
+
+@simulated
+async def test_the_last_to_come_is_dialled_too_when_it_dies_and_not_waited_for(swarm: Any) -> None:
+    async with swarm() as world:
+        peers = [world.start() for _ in range(3)]
+        for peer in peers:
+            peer.group = Group(LateToSay(peer.mesh), peer.rpc, peer.mover, "demo")
+        for peer in peers:
+            await peer.group.gather_members(3)
+        await trio.sleep(1)
+        peers[2].kill()
+        calls = Calls()
+        async with trio.open_nursery() as nursery:
+            for peer in peers[:2]:
+                nursery.start_soon(calls.reduce, peer)
+        assert same_bytes(calls, peers[:2]) == 1.5
+        assert max(calls.took.values()) < 0.4
 
 
 @simulated
