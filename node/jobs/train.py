@@ -11,6 +11,10 @@ reports, keeps a checkpoint now and then, and writes the results at the end:
 
 Whoever begins asks the coordinator where: with the last checkpoint, or anew. A member that comes later gets
 the state from the group in any case.
+
+A member whose trainer fails is out, and comes again after a while; one whose owner does not let it take part
+stays out. Where that is the coordinator, its try has failed, and another one coordinates: what is wrong may
+be wrong at one node only.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +38,11 @@ from mycel.compute.train.trade import BUNDLE_ENTRY, Source, StartAsk, WorkAsk
 from mycel.compute.train.trainer import Trainers
 from mycel.node.jobs.federate import UNREAD, source_of
 from mycel.node.jobs.kinds import Spec, TrainSpec
-from mycel.node.jobs.runner import Context, JobFailed, Services
+from mycel.node.jobs.runner import Context, Services
 from mycel.node.jobs.spec import Blob, Job, JobInvalid
 from mycel.node.together import Together
 from mycel.protocol.errors import MycelError, Refused, UsageProblem
+from mycel.protocol.limits import MIB
 from mycel.protocol.method import Call, Method
 from mycel.protocol.tensor import Tensor
 
@@ -53,6 +58,12 @@ CHECKPOINT_S = 30.0
 """Between two checkpoints, at least: a crash of everybody costs that much."""
 ASK_S = 1.0
 """Between two questions where to begin, while nobody coordinates."""
+SMALL_BYTES = MIB
+"""Files up to this are written at once; larger ones in a thread, so that streams go on."""
+OWNERS_NO = ("untrusted", "no-data")
+"""Reasons to take no part that trying again does not change."""
+RETRY_S, RETRY_S_MAX = 1.0, 60.0
+"""Between two tries to take part, doubled with each."""
 STEP_S_MAX = 600.0
 """For one request of inner steps: a trainer that needs longer is killed."""
 
@@ -80,7 +91,6 @@ class _Course:
     layout: Layout
     passed: list[Passed] = field(default_factory=list)
     news: trio.Event = field(default_factory=trio.Event)
-    error: MycelError | None = None
 
     def tell(self) -> None:
         """Wake who reports."""
@@ -100,6 +110,8 @@ class TrainRunner:
         self._together = together
         self._begins: dict[str, Begin] = {}
         self._courses: dict[str, _Course] = {}
+        self._troubles: dict[str, MycelError] = {}
+        """Why this node takes no part in a job now."""
         self._changed = trio.Event()
         services.rpc.serve(BEGIN, self._tell_begin)
 
@@ -119,18 +131,20 @@ class TrainRunner:
 
     async def take_part(self, job: Job, context: Context) -> None:
         """See `Runner.take_part`."""
+        pause = RETRY_S
         try:
-            await self._train(job, context)
-        except (MycelError, EngineLost, ValueError) as error:
-            course = self._courses.get(job.id)
-            if course is not None:
-                course.error = (
-                    error if isinstance(error, MycelError) else Refused(str(error), reason="trainer")
-                )
-                course.tell()
-            context.log(f"takes no part any more: {error}")
+            while True:
+                try:
+                    await self._train(job, context)
+                except (MycelError, EngineLost, ValueError) as error:
+                    known = error if isinstance(error, MycelError) else Refused(str(error), reason="trainer")
+                self._troubles[job.id] = known
+                self._tell()
+                context.log(f"takes no part: {known}")
+                await trio.sleep(math.inf if getattr(known, "reason", "") in OWNERS_NO else pause)
+                pause = min(2 * pause, RETRY_S_MAX)
         finally:
-            self._courses.pop(job.id, None)
+            self._troubles.pop(job.id, None)
 
     async def _train(self, job: Job, context: Context) -> None:
         from mycel.compute.train.course import run_course
@@ -141,9 +155,7 @@ class TrainRunner:
         async with self._data(job, context) as data:
             begin = await self._ask_begin(job, context)
             border, layout = await self._border(job, context, source, begin)
-            course = self._courses[job.id] = _Course(border, layout)
-            self._changed.set()
-            self._changed = trio.Event()
+            course = _Course(border, layout)
 
             async def work(weights: Flat, steps: int, done: int) -> tuple[Flat, float]:
                 settings = {**spec.settings, "batch": spec.batch, "steps": steps, "done": done,
@@ -161,9 +173,25 @@ class TrainRunner:
                 course.tell()
 
             group = self._together.group(f"job/{job.id}", least=spec.peers)
-            async with group as (members, state):
-                await run_course(members, state, border, work, outer_steps(spec), on_border)
-                await trio.sleep_forever()  # until the job ends: who comes late finds somebody
+            with self._in_course(job.id, course):
+                async with group as (members, state):
+                    await run_course(members, state, border, work, outer_steps(spec), on_border)
+                    await trio.sleep_forever()  # until the job ends: who comes late finds somebody
+
+    @contextmanager
+    def _in_course(self, job: str, course: _Course) -> Iterator[None]:
+        self._courses[job] = course
+        self._troubles.pop(job, None)
+        self._tell()
+        try:
+            yield
+        finally:
+            del self._courses[job]
+            course.tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _source(self, job: Job, context: Context) -> Source:
         """Raises `Refused` ("untrusted")."""
@@ -184,7 +212,10 @@ class TrainRunner:
         content = await context.fetch(job.inputs["data"])
         with tempfile.TemporaryDirectory(prefix="mycel-data-") as folder:
             path = Path(folder) / Path(spec.data or "data").name
-            await trio.to_thread.run_sync(path.write_bytes, content)
+            if len(content) <= SMALL_BYTES:
+                path.write_bytes(content)
+            else:
+                await trio.to_thread.run_sync(path.write_bytes, content)
             yield path
 
     async def _ask_begin(self, job: Job, context: Context) -> Begin:
@@ -229,7 +260,7 @@ class TrainRunner:
     # --- the coordinator
 
     async def coordinate(self, job: Job, context: Context) -> None:
-        """See `Runner.coordinate`. Raises `Refused` where this node takes no part: another one shall."""
+        """See `Runner.coordinate`. Raises what keeps this node from taking part: another one shall."""
         spec = _spec_of(job.spec)
         if not self._services.takes_part:
             raise Refused("this node's owner does not let it work for jobs", reason="takes-no-part")
@@ -237,26 +268,30 @@ class TrainRunner:
         self._begins[job.id] = Begin(None if last is None else msgspec.msgpack.decode(last, type=Blob))
         try:
             course = await self._course_of(job.id)
-            await self._follow(course, spec, context)
+            await self._follow(job.id, course, spec, context)
             await self._finish(course, context)
         finally:
             del self._begins[job.id]
 
     async def _course_of(self, job: str) -> _Course:
+        """This node's course, once it has begun. Raises what keeps it from beginning."""
         while job not in self._courses:
+            if job in self._troubles:
+                raise self._troubles[job]
             await self._changed.wait()
         return self._courses[job]
 
-    async def _follow(self, course: _Course, spec: TrainSpec, context: Context) -> None:
-        """Report and keep checkpoints until the last border."""
+    async def _follow(self, job: str, course: _Course, spec: TrainSpec, context: Context) -> None:
+        """Report and keep checkpoints until the last border. Raises what ends the course before."""
         from mycel.compute.train.checkpoint import write_checkpoint
 
         until = outer_steps(spec)
         kept_at = trio.current_time()
         told = 0
         while course.border.steps < until or told < len(course.passed):
-            if course.error is not None:
-                raise JobFailed(str(course.error))
+            if self._courses.get(job) is not course:
+                await self._course_of(job)
+                raise Refused("this node fell out of the course and is in it anew", reason="trainer")
             for passed in course.passed[told:]:
                 figures = {"loss": passed.loss, "peers": float(passed.members), "way": passed.step.length}
                 context.report(passed.step.number, figures, steps=until)

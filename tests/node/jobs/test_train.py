@@ -44,18 +44,23 @@ def train(task: Task) -> Trained:
     )
 
 
-def kind(services, node) -> TrainRunner:
+def kind(services, node, owner: Owner | None = None) -> TrainRunner:
     """The train kind, with a trainer that takes a virtual second for each request."""
     together = Together(node.mesh, node.rpc)
     node.services.append(together)
     workshop = Workshop()
     workshop.add("classifier", app)
-    trainers = Trainers(lambda: InlineTrainer(workshop, lambda ask: 1.0))
-    return TrainRunner(services, trainers, Owner(), together)
+
+    def begin() -> InlineTrainer:
+        node.trainer = InlineTrainer(workshop, lambda ask: 1.0)
+        return node.trainer
+
+    trainers = Trainers(begin)
+    return TrainRunner(services, trainers, owner or Owner(), together)
 
 
 def spec_of(**more: object) -> TrainSpec:
-    keys = {
+    keys: dict[str, object] = {
         "kind": "train",
         "app": "classifier",
         "data": "data.txt",
@@ -63,7 +68,7 @@ def spec_of(**more: object) -> TrainSpec:
         "inner_steps": EVERY,
         "peers": 2,
     }
-    spec = read_spec({**keys, **more})
+    spec = read_spec({key: value for key, value in {**keys, **more}.items() if value is not None})
     assert isinstance(spec, TrainSpec)
     return spec
 
@@ -131,6 +136,78 @@ async def test_what_cannot_be_trained_fails_with_the_reason(swarm, autojump_cloc
         job = (await nodes[0].jobs.submit(spec_of(settings={"fails": True}), DATA)).id
         assert await ended(s, nodes[1], job) == "failed"
         assert "cannot be trained on" in nodes[1].view(job).text
+
+
+async def refusals(node, job, why: str) -> list[str]:
+    """What peers said about taking no part."""
+    said = [line.text async for line in node.jobs.lines(job, follow=True)]
+    return [line for line in said if line.startswith("takes no part") and why in line]
+
+
+async def test_code_and_data_are_the_owners_to_give_and_who_may_take_no_part_lets_another_coordinate(
+    swarm, autojump_clock, tmp_path
+):
+    (tmp_path / "notes").write_text("3.0\n")
+    offers = {"notes": tmp_path / "notes"}
+    owners = {"n3": Owner(offers), "n4": Owner({}, [])}
+
+    def owned(services, node):
+        trusting = Owner(offers, [node.swarm.nodes[0].peer])
+        return kind(services, node, owners.get(node.mesh.name, trusting))
+
+    async with swarm(owned) as s:
+        nodes = await s.grow(5)
+        spec = spec_of(code="app.py", offered="notes", data=None)
+        job = (await nodes[0].jobs.submit(spec, {"code": b"raise SystemExit"})).id
+        await s.until(lambda: any(node.view(job).step >= 2 for node in nodes), 300)
+        coordinator = s.coordinator(job)
+        assert coordinator in nodes[:3]
+        coordinator.kill()
+        left = next(node for node in nodes if node is not coordinator)
+        assert await ended(s, left, job) == "done"
+        assert left.view(job).metrics["peers"] == 2.0
+        assert len(await refusals(left, job, "whom this node's owner does not trust")) == 2
+        plain = spec_of(offered="notes", data=None, steps=10)
+        job = (await left.jobs.submit(plain, {})).id
+        assert await ended(s, left, job) == "done"
+        assert len(await refusals(left, job, "offers no data named 'notes'")) == 1
+
+
+async def test_a_trainer_that_dies_costs_what_its_node_did_and_not_the_job(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(steps=200), DATA)).id
+        await s.until(lambda: any(node.view(job).step >= 3 for node in nodes))
+        first = s.coordinator(job)
+        first.trainer.break_down("killed: out of memory")
+        assert await ended(s, nodes[0], job) == "done"
+        assert nodes[0].view(job).coordinator != first.peer
+        assert len(await refusals(nodes[0], job, "out of memory")) == 1
+        weights, borders = await results(nodes[0], job)
+        assert borders[-1]["step"] == 200 // EVERY
+        assert borders[-1]["peers"] == 3, "it is in again"
+        assert abs(weights - 3.0).max() < 0.1
+
+
+async def test_a_later_job_goes_on_from_a_checkpoint_on_another_number_of_peers(swarm, autojump_clock):
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(), DATA)).id
+        assert await ended(s, nodes[0], job) == "done"
+        checkpoint = await nodes[0].result(job, "checkpoint.safetensors")
+        before, borders = await results(nodes[0], job)
+        await s.grow(2)
+        for nodes_then, peers in ((s.nodes, 5), (s.nodes[:2], 2)):
+            for node in s.nodes[len(nodes_then) :]:
+                node.kill()
+            await s.until(lambda count=peers: len(nodes[0].mesh.peers) == count - 1)
+            spec = spec_of(model="checkpoint.safetensors", peers=peers)
+            again = (await nodes[0].jobs.submit(spec, {**DATA, "model": checkpoint})).id
+            assert await ended(s, nodes[0], again) == "done"
+            after, more = await results(nodes[0], again)
+            assert [more[0]["step"], more[-1]["step"], more[-1]["peers"]] == [1, STEPS // EVERY, peers]
+            assert more[0]["loss"] <= abs(before - 3.0).mean() < 0.2 * borders[0]["loss"]
+            assert abs(after - 3.0).max() < abs(before - 3.0).max()
 
 
 @pytest.mark.parametrize("more", [{"data": None}, {"offered": "notes"}])
