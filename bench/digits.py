@@ -6,7 +6,6 @@ and all of those to judge by, so that what clients report together is the accura
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from mycel.compute.train.layout import Layout
 from mycel.compute.train.rows import Flat, row_of
 from mycel.compute.train.strategy import Sum
-from mycel.compute.train.trade import Source, StartAsk, WorkAsk
+from mycel.compute.train.trade import Source, StartAsk, WorkAsk, seed_of
 from mycel.compute.train.workshop import Workshop
 from mycel.protocol.tensor import Tensor
 
@@ -76,8 +75,7 @@ class PlainLoop:
 
     def update(self, path: Path, name: str, **settings: Any) -> tuple[Flat, int]:
         """One client's update of the model as it is."""
-        text = f"{self._seed} {self.number} {name}"
-        own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        own = seed_of(self._seed, self.number, name)
         done = self._workshop.work(self._ask(path, own, {**SETTINGS, **settings}, train=True))
         assert done.update is not None
         return row_of(done.update.data, self.layout), done.examples

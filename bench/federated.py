@@ -7,10 +7,12 @@
                 second coordinator goes on: seconds from the last survivor's work to the round's end
     restart     every process killed in mid-round and started again: the round that is gone on with
     jobs        the kill and the restart as a job of ten daemons (bench/federated_jobs.py)
+    flower      the rounds by Flower, where there is one (bench/flower.py says what counts); `vs_flower` is
+                how many times longer its round takes than Mycel's of the same run
 
 In `kills` and `restart` the second coordinator starts when the first one's connection ends, with a higher
 epoch, and both keep the job in one folder: what rounds themselves take. In `jobs` electors, leases and blocks
-stand for that. Where Flower is installed its rounds belong beside these; it is not, so there is no figure.
+stand for that.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 from digits import SETTINGS, PlainLoop, deal
 from federated_far import key_of
 from federated_jobs import measure_jobs
+from flower import measure_flower
 from measure import report
 
 CLIENTS = 10
@@ -45,6 +48,7 @@ SLOW = {**SETTINGS, "epochs": 40, "rate": 0.002}
 KILL_IN = 5
 """The round in which is killed."""
 LINE_S = 120.0
+NAMES = [key_of(f"client{n}").peer_id for n in range(CLIENTS)]
 
 
 class Far:
@@ -130,7 +134,7 @@ def run_of(epoch: int, rounds: int = ROUNDS, quorum: int = 7) -> dict[str, Any]:
 
 def measure_rounds(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
     """Rounds, seconds and bytes, beside the plain loop's."""
-    plain = PlainLoop(paths, [key_of(f"client{n}").peer_id for n in range(CLIENTS)], SEED)
+    plain = PlainLoop(paths, NAMES, SEED)
     accuracies, began = [], time.perf_counter()
     for _ in range(ROUNDS):
         plain.round()
@@ -234,10 +238,11 @@ def measure_restart(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["rounds", "kills", "restart", "jobs"])
+    parser.add_argument("--only", choices=["rounds", "flower", "kills", "restart", "jobs"])
     options = parser.parse_args()
     parts = {
         "rounds": measure_rounds,
+        "flower": partial(measure_flower, names=NAMES, seed=SEED),
         "kills": measure_kills,
         "restart": measure_restart,
         "jobs": partial(measure_jobs, settings=SLOW),
@@ -251,6 +256,9 @@ def main() -> None:
             figures |= parts[part](folder, paths)
     finally:
         shutil.rmtree(folder)
+    if "s_per_round" in figures and "flower_s_per_round" in figures:
+        figures["vs_flower"] = figures["flower_s_per_round"] / figures["s_per_round"]
+        print(f"           {figures['vs_flower']:.0f} times Mycel's", flush=True)
     report("federated", figures)
 
 

@@ -15,7 +15,6 @@ an aggregator, and adds up (`mycel.compute.train.gather`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import trio
 from mycel.compute.engine import EngineLost
 from mycel.compute.train.courier import Courier, Delivery, piece_of, pieces_of, receive_row
 from mycel.compute.train.orders import FIRST, OFFER, ROUND, Claim, Down, Offered, Order, Report, Up
-from mycel.compute.train.trade import Begun, Setting, Source, StartAsk, WorkAsk, WorkDone
+from mycel.compute.train.trade import Begun, Setting, Source, StartAsk, WorkAsk, WorkDone, seed_of
 from mycel.compute.train.trainer import Trainers
 from mycel.protocol.errors import MycelError, Refused
 from mycel.protocol.limits_train import DEFAULT_FEDERATED_LIMITS, FederatedLimits
@@ -250,7 +249,7 @@ class FederatedClient:
             layout=order.layout,
             model=Tensor("float32", (order.layout.size,), model),
             settings={**terms.settings, **order.settings},
-            seed=self._own_seed(order),
+            seed=seed_of(order.seed, order.number, self._mesh.peer_id),
             data=str(self._owner.data[terms.data]),
             train=order.train,
             evaluate=order.evaluate,
@@ -263,11 +262,6 @@ class FederatedClient:
             work.failure = Refused(self._short(error), reason="application")
         finally:
             work.done.set()
-
-    def _own_seed(self, order: Order) -> int:
-        """Another seed for each round and client, the same for the same."""
-        text = f"{order.seed} {order.number} {self._mesh.peer_id}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
     def _short(self, error: Exception) -> str:
         return str(error)[: self._limits.text]

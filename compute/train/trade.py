@@ -70,6 +70,13 @@ class Source(msgspec.Struct, frozen=True):
         return self
 
 
+def seed_of(seed: int, number: int, peer: str) -> int:
+    """The seed for one piece of a job's work: another one for every peer and number (a round, or the steps
+    done before), the same when it is repeated. `seed` is the job's."""
+    text = f"{seed} {number} {peer}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
 class StartAsk(msgspec.Struct, frozen=True):
     """Make the first model of a job."""
 
