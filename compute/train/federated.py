@@ -16,6 +16,7 @@ judging costs no transfer; the last model is sent once more for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +86,8 @@ class Plan:
     """Judge the model after every so many rounds, and at the end; 0: never."""
     fan_out: int = 0
     """Clients below each aggregator of a tree; linear strategies only. 0: no tree."""
+    memory_bytes: int = 0
+    """What a round may take here; 0: no bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class Coordinator:
             try:
                 with trio.move_on_after(SETTLE_S):
                     await self._pool.wait_settled()
-                self._news.log(f"{len(self._pool.clients)} clients take part")
+                self._check_memory(len(self._pool.clients))
                 while self._standing.number < self._plan.rounds:
                     await self._round()
                 if self._plan.evaluate_every:
@@ -158,6 +161,19 @@ class Coordinator:
         if failure is not None:
             raise failure
         return self._layout, self._model
+
+    def _check_memory(self, clients: int) -> None:
+        """Say what a round takes here. Raises `Refused` where there is not so much."""
+        rules, most = self._plan.rules, self._plan.memory_bytes
+        asked = min(clients, math.ceil(rules.wanted * (1 + rules.oversample))) if rules.wanted else clients
+        needed = self._plan.strategy.memory_bytes(asked, self._layout.nbytes)
+        takes = f"{clients} clients take part; a round takes up to {needed / MIB:.1f} MiB here"
+        if most and needed > most:
+            raise Refused(
+                f"{takes}, and {most / MIB:.1f} are free: ask fewer clients, or take a linear strategy",
+                reason="too-large",
+            )
+        self._news.log(takes)
 
     async def _restore(self, first: Callable[[], Awaitable[tuple[Layout, Flat]]]) -> None:
         kept = await self._keep.resume()

@@ -1,10 +1,10 @@
 """Rules that hold while some clients lie: K updates in, one update out, whatever a minority sends.
 
-All take the updates of a round as rows, shape [K, p], and how many of them may lie, f. None looks at what a
-client says of itself (how many examples it has, say): a liar would say a million. Most need distances and
-inner products only, and those are all in the **Gram matrix** of the rows, K by K: it costs one pass over the
-updates, and everything after it works on K numbers instead of p (`gram`). What comes out is then
-coefficients, one for each row.
+All take the updates of a round as K rows of shape [p], which are not copied, and how many of them may lie, f.
+None looks at what a client says of itself (how many examples it has, say): a liar would say a million. Most
+need distances and inner products only, and those are all in the **Gram matrix** of the rows, K by K: it costs
+one pass over the updates, and everything after it works on K numbers instead of p (`gram`). What comes out is
+then coefficients, one for each row.
 
 Sources: trimmed mean: Yin et al. 2018 (arXiv 1803.01498), definition 2; MultiKrum: Blanchard et al. 2017
 (NeurIPS), section 4; geometric median: Pillutla et al. 2022 (arXiv 1912.13445), algorithm 2; Flag Aggregator:
@@ -14,24 +14,28 @@ rule is used: Karimireddy et al. 2021 (arXiv 2012.10333), section 5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mycel.protocol.errors import LocalProtocolError
 
-Rows = NDArray[np.float32]
+Rows = Sequence[NDArray[np.float32]] | NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
-_CHUNK = 1 << 18
-"""Columns taken at a time: K rows of them stay in the cache."""
+COLUMNS = 1 << 16
+"""Taken at a time: K rows of them stay in the cache."""
+LOOK_BYTES = 16
+"""What is copied for that, for each number that is looked at."""
 _TINY = 1e-12
 
 
 def gram(rows: Rows) -> Matrix:
     """All inner products of the rows, shape [K, K], summed in float64."""
     total = np.zeros((len(rows), len(rows)))
-    for at in range(0, rows.shape[1], _CHUNK):
-        part = rows[:, at : at + _CHUNK].astype(np.float64)
+    for at in range(0, len(rows[0]), COLUMNS):
+        part = np.array([row[at : at + COLUMNS] for row in rows], np.float64)
         total += part @ part.T
     return total
 
@@ -44,21 +48,21 @@ def distances(products: Matrix) -> Matrix:
 
 def mix(rows: Rows, shares: Matrix) -> NDArray[np.float32]:
     """The sum of `shares[i]` times row i, shape [p]. Rows with a share of 0 are not looked at."""
-    used = np.flatnonzero(shares)
-    out = np.zeros(rows.shape[1], np.float32)
-    for at in range(0, len(out), _CHUNK):
-        part = rows[used, at : at + _CHUNK].astype(np.float64)
-        out[at : at + _CHUNK] = shares[used] @ part
+    used = [int(index) for index in np.flatnonzero(shares)]
+    out = np.zeros(len(rows[0]), np.float32)
+    for at in range(0, len(out) if len(used) else 0, COLUMNS):
+        part = np.array([rows[index][at : at + COLUMNS] for index in used], np.float64)
+        out[at : at + COLUMNS] = shares[used] @ part
     return out
 
 
 def trimmed_mean(rows: Rows, liars: int) -> NDArray[np.float32]:
     """In each coordinate the mean of what is left without the `liars` smallest and largest values."""
     check_liars(len(rows), liars)
-    out = np.empty(rows.shape[1], np.float32)
-    for at in range(0, len(out), _CHUNK):
-        part = np.sort(rows[:, at : at + _CHUNK], axis=0)
-        out[at : at + _CHUNK] = part[liars : len(rows) - liars].mean(axis=0, dtype=np.float64)
+    out = np.empty(len(rows[0]), np.float32)
+    for at in range(0, len(out), COLUMNS):
+        part = np.sort([row[at : at + COLUMNS] for row in rows], axis=0)
+        out[at : at + COLUMNS] = part[liars : len(rows) - liars].mean(axis=0, dtype=np.float64)
     return out
 
 

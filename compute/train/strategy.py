@@ -23,17 +23,15 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from mycel.compute.train import robust
+from mycel.compute.train.robust import Rows
 from mycel.compute.train.rows import Flat
 from mycel.compute.train.trade import Setting
 from mycel.protocol.errors import UsageProblem
 
-Rows = NDArray[np.float32]
 DEFAULT_ROBUST = "multi-krum"
 WORKER_MOMENTUM = 0.9
-_CHUNK = 1 << 18
 
 
 class Weighed(msgspec.Struct, frozen=True):
@@ -59,7 +57,7 @@ class Strategy(Protocol):
         """What an update counts; only proportions matter. Robust strategies scale a row by it."""
 
     def combine(self, rows: Rows) -> Flat:
-        """One update of shape [p] out of rows [K, p]. Not called for linear strategies."""
+        """One update of shape [p] out of K rows of shape [p]. Not called for linear strategies."""
 
     def step(self, model: Flat, update: Flat) -> Flat:
         """The next model, a new row."""
@@ -89,14 +87,14 @@ class FedAvg:
         return max(1, update.examples) * update.discount
 
     def combine(self, rows: Rows) -> Flat:
-        mean: Flat = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean: Flat = np.asarray(rows).mean(axis=0, dtype=np.float64).astype(np.float32)
         return mean
 
     def step(self, model: Flat, update: Flat) -> Flat:
         return add_scaled(model, update, self.rate)
 
     def memory_bytes(self, clients: int, model_bytes: int) -> int:
-        return (2 + UPLOADS) * model_bytes
+        return (3 + UPLOADS) * model_bytes  # the sum is two rows, and one is being added
 
 
 UPLOADS = 4
@@ -188,7 +186,8 @@ class Robust:
         return add_scaled(model, update, self.rate)
 
     def memory_bytes(self, clients: int, model_bytes: int) -> int:
-        return (clients + 2) * model_bytes
+        looked_at = clients * robust.LOOK_BYTES * min(robust.COLUMNS, model_bytes // 4)
+        return (clients + 2) * model_bytes + looked_at
 
 
 RULES: dict[str, Rule] = {
@@ -221,8 +220,9 @@ class Sum:
 
     def add(self, row: Flat, weight: float) -> None:
         """Take in `weight` times a row; a chunk at a time, so that nothing of its size is made beside it."""
-        for at in range(0, len(row), _CHUNK):
-            self._total[at : at + _CHUNK] += row[at : at + _CHUNK] * np.float64(weight)
+        for at in range(0, len(row), robust.COLUMNS):
+            part = slice(at, at + robust.COLUMNS)
+            self._total[part] += row[part] * np.float64(weight)
         self.weight += weight
 
     def mean(self) -> Flat:
@@ -238,10 +238,9 @@ def combine_all(strategy: Strategy, rows: Sequence[Flat], weights: Sequence[floa
         for row, weight in zip(rows, weights, strict=True):
             total.add(row, weight)
         return total.mean()
-    scaled = np.stack(rows)
-    for index, weight in enumerate(weights):
-        if weight != 1.0:
-            scaled[index] *= np.float32(weight)
+    scaled = [
+        row if weight == 1.0 else row * np.float32(weight) for row, weight in zip(rows, weights, strict=True)
+    ]
     return strategy.combine(scaled)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import psutil
 import trio
 
 from mycel.compute.train.client import FederatedClient, Owner, Terms
@@ -104,6 +105,7 @@ class FederateRunner:
             seed=spec.seed,
             evaluate_every=spec.evaluate_every,
             fan_out=spec.fan_out,
+            memory_bytes=psutil.virtual_memory().available,
         )
         history: dict[int, dict[str, float]] = {}
 

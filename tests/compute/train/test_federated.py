@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -16,10 +17,12 @@ import trio.testing
 
 from mycel.compute.train.app import App, Task, Trained
 from mycel.compute.train.client import FederatedClient, Owner, Terms
+from mycel.compute.train.courier import Courier
 from mycel.compute.train.federated import Coordinator, News, Plan
+from mycel.compute.train.gather import merge
 from mycel.compute.train.inline import InlineTrainer
 from mycel.compute.train.layout import Entry, Layout
-from mycel.compute.train.orders import OFFER, ROUND, Claim, Down, Order, Up
+from mycel.compute.train.orders import OFFER, ROUND, Claim, Deputy, Down, Offered, Order, Up
 from mycel.compute.train.rounds import RoundRules, UnderQuorum
 from mycel.compute.train.rows import Flat, digest_of
 from mycel.compute.train.strategy import Strategy, make_strategy
@@ -139,7 +142,9 @@ class Clinic:
         self.doors.coordinators.append(mesh.peer_id)
         fan_out = more.pop("fan_out", 0)
         claim = Claim(JOB, epoch)
-        plan = Plan(claim, rounds, RoundRules(**{"patience_s": 2.0, **more}), strategy, fan_out=fan_out)
+        memory = more.pop("memory_bytes", 0)
+        rules = RoundRules(**{"patience_s": 2.0, **more})
+        plan = Plan(claim, rounds, rules, strategy, fan_out=fan_out, memory_bytes=memory)
 
         def report(number: int, figures: Mapping[str, float]) -> None:
             self.figures.setdefault(number, {}).update(figures)
@@ -306,6 +311,49 @@ async def test_robust_strategies_bear_a_liar(autojump_clock: trio.testing.MockCl
         assert 0.9 < float(model.mean()) < 1.1
 
 
+async def test_a_round_that_does_not_fit_is_refused_before_it_begins(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with clinic() as clients:
+        boss = await clients.node("boss")
+        for number in range(5):
+            await clients.client(f"c{number}", app_towards(1))
+        room = 12 * LAYOUT.nbytes  # of these models, so small that what is looked at is most of it
+        with pytest.raises(Refused, match=r"5 clients take part; .* are free") as refused:
+            await clients.coordinate(*boss, make_strategy("robust"), memory_bytes=room)
+        assert refused.value.reason == "too-large"
+        assert clients.trained == []
+        await clients.coordinate(*boss, make_strategy("robust"), memory_bytes=room, wanted=1)
+
+
+async def test_an_aggregator_passes_on_what_its_coordinator_signed_and_nothing_else(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with clinic() as clients:
+        boss, _ = await clients.node("boss")
+        head, rpc = await clients.node("head")
+        _, stranger = await clients.node("stranger")
+        client = (await clients.client("c1", app_towards(1))).peer_id
+        clients.doors.coordinators.append(boss.peer_id)
+        model = np.zeros(SIZE, np.float32)
+        order = Order(Claim(JOB, 5), 1, LAYOUT, digest_of(model), {"rate": 0.1}, 0)
+        deputy = Deputy(boss.peer_id, head.peer_id, boss.sign(order.words(head.peer_id)))
+        order = msgspec.structs.replace(order, deputy=deputy)
+        for by, changes in [
+            (rpc, {"settings": {"rate": 9.0}}),
+            (rpc, {"number": 2}),
+            (rpc, {"claim": Claim(JOB, 6)}),
+            (rpc, {"deputy": msgspec.structs.replace(deputy, coordinator=head.peer_id)}),
+            (stranger, {}),
+            (stranger, {"deputy": None}),
+        ]:
+            with pytest.raises(Refused) as refused:
+                await Courier(by).carry(client, msgspec.structs.replace(order, **changes), model.data)
+            assert refused.value.reason == "unproven"
+        assert clients.trained == []
+        assert (await Courier(rpc).carry(client, order, model.data.cast("B"))).report.clients == (client,)
+
+
 async def test_bad_orders_get_refusals_by_name(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -359,16 +407,25 @@ async def test_data_and_bundles_are_the_owners_to_give(autojump_clock: trio.test
 
 
 @pytest.mark.parametrize(
-    ("spoil", "why"),
+    ("spoil", "lies", "why"),
     [
-        ("short", "ended"),
-        ("long", "bytes"),
-        ("nan", "not finite"),
-        ("old", "not what was asked"),
+        ("short", {}, "ended"),
+        ("long", {}, "bytes"),
+        ("nan", {}, "not finite"),
+        ("loud", {}, "not finite"),
+        ("none", {"has_update": False}, "without the update"),
+        ("", {"number": 7}, "not what was asked"),
+        ("", {"epoch": 9}, "not what was asked"),
+        ("", {"model": "f" * 64}, "not what was asked"),
+        ("", {"clients": (PeerId("c1"), PeerId("c2"))}, "clients it was not given"),
+        ("", {"examples": -5}, "impossible"),
+        ("", {"metrics": {"loss": math.nan}}, "impossible"),
+        ("", {"metrics": {f"m{n}": 0.0 for n in range(999)}}, "too many figures"),
     ],
+    ids=str,
 )
 async def test_a_lying_client_is_named_and_the_others_count(
-    autojump_clock: trio.testing.MockClock, spoil: str, why: str
+    autojump_clock: trio.testing.MockClock, spoil: str, lies: dict[str, Any], why: str
 ) -> None:
     async with clinic() as clients:
         boss = await clients.node("boss")
@@ -379,26 +436,19 @@ async def test_a_lying_client_is_named_and_the_others_count(
         async def lie(call: Any, items: AsyncIterator[Down]) -> AsyncIterator[Up]:
             order = (await anext(items)).order
             assert order is not None
-            from mycel.compute.train.gather import merge
-
-            report = merge(order, [], [])
-            number = 7 if spoil == "old" else order.number
-            import msgspec
-
-            yield Up(
-                report=msgspec.structs.replace(
-                    report, clients=(liar.peer_id,), has_update=order.train, number=number, examples=5
-                )
+            honest = msgspec.structs.replace(
+                merge(order, [], []), clients=(liar.peer_id,), has_update=order.train, examples=5
             )
-            row = np.full(SIZE, np.nan if spoil == "nan" else 1e9, np.float32).tobytes()
+            yield Up(report=msgspec.structs.replace(honest, **lies))
+            number = {"nan": np.nan, "loud": 1e30}.get(spoil, 1e9)
+            row = np.full(SIZE, number, np.float32).tobytes()
             row = {"short": row[:-4], "long": row + row}.get(spoil, row)
-            yield Up(piece=Tensor("uint8", (len(row),), row))
+            if spoil != "none":
+                yield Up(piece=Tensor("uint8", (len(row),), row))
             async for _ in items:
                 pass
 
         async def offer(call: Any, claim: Claim) -> Any:
-            from mycel.compute.train.orders import Offered
-
             return Offered()
 
         rpc.serve(OFFER, offer)
