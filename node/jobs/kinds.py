@@ -116,6 +116,11 @@ class TrainSpec(Spec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 8
     peers: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     """Peers without which it waits."""
+    quorum: Annotated[str, Meta(pattern="^(majority|any)$")] = "majority"
+    """Whose voices it takes to go on without those who vanish: those of most members, or "any", where a part
+    that is no majority goes on too (with `peers` of them) and, of two parts, the longer course stays."""
+    overlap: bool = False
+    """Take inner steps while the way of those before is summed up, and apply that sum one border late."""
     codec: Annotated[str, Meta(pattern="^(none|int8|int4)$")] = "int8"
     """How outer steps travel."""
     seed: Seed = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,10 +154,16 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _explained(text: str, kind: str) -> str:
-    """msgspec's "Expected `int`, got `str` - at `$.sampling.top_k`" with the key in front."""
+    """msgspec's "Expected `int`, got `str` - at `$.sampling.top_k`" with the key in front, and choices as
+    such."""
     what, _, where = text.partition(" - at `$")
+    what = re.sub(r"Expected `str` matching regex '\^\(([a-z0-9|]+)\)\$'", _choices, what)
     key = where.strip("`.") or "its keys"
     return f"{key}: {what[:1].lower()}{what[1:].replace('`', '')} (job of kind {kind})"
+
+
+def _choices(found: re.Match[str]) -> str:
+    return "expected one of " + ", ".join(found[1].split("|"))
 
 
 def file_keys(spec: Spec) -> dict[str, str]:

@@ -19,7 +19,6 @@ be wrong at one node only.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -34,7 +33,7 @@ import trio
 
 from mycel.compute.engine import EngineLost
 from mycel.compute.train.client import Owner
-from mycel.compute.train.trade import BUNDLE_ENTRY, Source, StartAsk, WorkAsk
+from mycel.compute.train.trade import BUNDLE_ENTRY, Source, StartAsk, WorkAsk, seed_of
 from mycel.compute.train.trainer import Trainers
 from mycel.node.jobs.federate import UNREAD, source_of
 from mycel.node.jobs.kinds import Spec, TrainSpec
@@ -90,6 +89,8 @@ class _Course:
     border: Border
     layout: Layout
     passed: list[Passed] = field(default_factory=list)
+    is_over: bool = False
+    """The last border is passed, or this node came after it."""
     news: trio.Event = field(default_factory=trio.Event)
 
     def tell(self) -> None:
@@ -147,7 +148,7 @@ class TrainRunner:
             self._troubles.pop(job.id, None)
 
     async def _train(self, job: Job, context: Context) -> None:
-        from mycel.compute.train.course import run_course
+        from mycel.compute.train.course import run_course, stay
         from mycel.compute.train.rows import row_of
 
         spec = _spec_of(job.spec)
@@ -160,7 +161,7 @@ class TrainRunner:
             async def work(weights: Flat, steps: int, done: int) -> tuple[Flat, float]:
                 settings = {**spec.settings, "batch": spec.batch, "steps": steps, "done": done,
                             "total": spec.steps, "keeps_optimizer": True}  # fmt: skip
-                seed = _seed_of(spec.seed, context.mesh.peer_id, done)
+                seed = seed_of(spec.seed, done, context.mesh.peer_id)
                 tensor = Tensor("float32", (layout.size,), weights.data.cast("B"))
                 ask = WorkAsk(spec.app, job.id, done, layout, tensor, settings, seed, str(data), True, False)
                 result = await self._trainers.work(source, ask, STEP_S_MAX)
@@ -172,11 +173,13 @@ class TrainRunner:
                 course.passed.append(passed)
                 course.tell()
 
-            group = self._together.group(f"job/{job.id}", least=spec.peers)
+            group = self._together.group(f"job/{job.id}", quorum=spec.quorum, least=spec.peers)
             with self._in_course(job.id, course):
                 async with group as (members, state):
                     await run_course(members, state, border, work, outer_steps(spec), on_border)
-                    await trio.sleep_forever()  # until the job ends: who comes late finds somebody
+                    course.is_over = True
+                    course.tell()
+                    await stay(state, border)  # until the job ends
 
     @contextmanager
     def _in_course(self, job: str, course: _Course) -> Iterator[None]:
@@ -250,7 +253,8 @@ class TrainRunner:
             if begin.checkpoint is None:  # an earlier job's: its steps are not this one's
                 first = replace(first, steps=0)
         codec = None if spec.codec == "none" else spec.codec
-        return first.border(BorderOptions(every=spec.inner_steps, codec=codec)), first.layout
+        options = BorderOptions(every=spec.inner_steps, codec=codec, overlap=spec.overlap)
+        return first.border(options), first.layout
 
     def _tell_begin(self, call: Call, where: Where) -> Begin:
         if where.job not in self._begins:
@@ -288,7 +292,7 @@ class TrainRunner:
         until = outer_steps(spec)
         kept_at = trio.current_time()
         told = 0
-        while course.border.steps < until or told < len(course.passed):
+        while not course.is_over or told < len(course.passed):
             if self._courses.get(job) is not course:
                 await self._course_of(job)
                 raise Refused("this node fell out of the course and is in it anew", reason="trainer")
@@ -300,7 +304,7 @@ class TrainRunner:
                 kept_at = trio.current_time()
                 blob = await context.keep(write_checkpoint(course.border, course.layout))
                 await context.checkpoint(msgspec.msgpack.encode(blob), [blob])
-            if told == len(course.passed) and course.border.steps < until:
+            if told == len(course.passed) and not course.is_over:
                 await course.news.wait()
 
     async def _finish(self, course: _Course, context: Context) -> None:
@@ -319,12 +323,6 @@ class TrainRunner:
 def outer_steps(spec: TrainSpec) -> int:
     """Borders until the job is done."""
     return -(-spec.steps // spec.inner_steps)
-
-
-def _seed_of(seed: int, peer: str, done: int) -> int:
-    """Another one for every peer and request: everybody draws batches of its own."""
-    told = f"{seed}/{peer}/{done}".encode()
-    return int.from_bytes(hashlib.sha256(told).digest()[:6], "big")
 
 
 def _spec_of(spec: Spec) -> TrainSpec:

@@ -90,6 +90,21 @@ def test_a_file_that_is_no_job_is_refused(tmp_path, text, says):
         read_job_file(tmp_path / "none.toml")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("quorum", "most", r"quorum: expected one of majority, any \(job of kind train\)"),
+        ("quorum", 3, "quorum: expected str, got int"),
+        ("codec", "fp8", "codec: expected one of none, int8, int4"),
+        ("overlap", "yes", "overlap: expected bool, got str"),
+        ("overlaps", True, r"unknown key overlaps \(did you mean overlap\?\)"),
+    ],
+)
+def test_what_a_train_job_may_say_is_listed_where_it_says_something_else(key, value, says):
+    with pytest.raises(JobInvalid, match=says):
+        read_spec({"kind": "train", "app": "lm", key: value})
+
+
 def test_keys_that_name_files_are_known_by_their_type():
     assert file_keys(read_spec(GENERATE)) == {"prompts": "p.txt"}
     assert file_keys(read_spec({"kind": "train", "app": "lm"})) == {}

@@ -18,7 +18,7 @@ from mycel.node.jobs.kinds import TrainSpec
 from mycel.node.jobs.spec import JobInvalid, read_spec
 from mycel.node.jobs.train import TrainRunner
 from mycel.node.together import Together
-from mycel.protocol.errors import UsageProblem
+from mycel.protocol.errors import Refused, UsageProblem
 
 DATA = {"data": b"3.0\n"}
 STEPS, EVERY = 60, 5
@@ -44,15 +44,15 @@ def train(task: Task) -> Trained:
     )
 
 
-def kind(services, node, owner: Owner | None = None) -> TrainRunner:
-    """The train kind, with a trainer that takes a virtual second for each request."""
+def kind(services, node, owner: Owner | None = None, cost=lambda ask: 1.0) -> TrainRunner:
+    """The train kind, with a trainer that takes a virtual second for each request, or as `cost` says."""
     together = Together(node.mesh, node.rpc)
     node.services.append(together)
     workshop = Workshop()
     workshop.add("classifier", app)
 
     def begin() -> InlineTrainer:
-        node.trainer = InlineTrainer(workshop, lambda ask: 1.0)
+        node.trainer = InlineTrainer(workshop, cost)
         return node.trainer
 
     trainers = Trainers(begin)
@@ -221,3 +221,132 @@ async def test_data_is_named_one_way(swarm, autojump_clock, more):
             spec = read_spec({"kind": "train", "app": "classifier"})
         with pytest.raises(JobInvalid, match="one of data"):
             await node.jobs.submit(spec, files)
+
+
+def one_late(borders: int) -> float:
+    """DiLoCo with overlap written out, for peers that all go the same way: each sum comes one border late,
+    and meanwhile half of the own way is gone ahead."""
+    weight = start = 10.0
+    momentum, late = 0.0, None
+    for _ in range(borders + 1):
+        way = (start - 3.0) * (1 - 0.95**EVERY)
+        if late is not None:
+            momentum = 0.9 * momentum + late
+            weight -= 0.7 * (late + 0.9 * momentum)
+        start, late = weight - 0.5 * way, way
+    return weight
+
+
+async def test_a_job_overlaps_sums_with_steps_and_takes_all_of_them_once(swarm, autojump_clock):
+    asked: dict[str, list[tuple[int, int, int]]] = {}
+
+    def watched(services, node):
+        def cost(ask) -> float:
+            steps, done = int(ask.settings["steps"]), int(ask.settings["done"])
+            asked.setdefault(node.mesh.name, []).append((done, steps, ask.seed))
+            return 1.0
+
+        return kind(services, node, cost=cost)
+
+    async with swarm(watched) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(overlap=True, peers=3), DATA)).id
+        assert await ended(s, nodes[1], job) == "done"
+        weights, borders = await results(nodes[1], job)
+        assert [one["step"] for one in borders] == list(range(1, STEPS // EVERY + 1))
+        assert {one["peers"] for one in borders} == {3}
+        np.testing.assert_allclose(weights, one_late(STEPS // EVERY), rtol=0.02)
+    seeds = [seed for pieces in asked.values() for _, _, seed in pieces]
+    assert len(set(seeds)) == len(seeds), "everybody draws batches of its own, other ones each time"
+    for pieces in asked.values():
+        assert [done for done, _, _ in pieces] == list(range(STEPS))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_an_overlapping_job_outlives_its_coordinator_and_the_whole_swarms_end(
+    swarm, autojump_clock, overlap
+):
+    async with swarm(kind) as s:
+        nodes = await s.grow(4)
+        job = (await nodes[0].jobs.submit(spec_of(steps=300, overlap=overlap), DATA)).id
+        await s.until(lambda: any(node.view(job).step >= 3 for node in nodes))
+        first = s.coordinator(job)
+        first.kill()
+        others = [node for node in nodes if node is not first]
+        await s.until(lambda: any(node.view(job).step >= 15 for node in others), 600)
+        for node in others:
+            node.kill()
+        await trio.sleep(5)
+        for node in nodes:
+            await node.restart()
+        assert await ended(s, nodes[0], job) == "done"
+        weights, borders = await results(nodes[0], job)
+        assert 3 < borders[0]["step"] <= 16, "it went on from a checkpoint"
+        assert borders[-1] == {**borders[-1], "step": 60, "peers": 4}
+        assert abs(weights - 3.0).max() < (1.5 if overlap else 0.1)  # a late sum swings for longer
+
+
+@pytest.mark.parametrize("quorum", ["majority", "any"])
+async def test_a_job_says_whether_a_minority_may_go_on(swarm, autojump_clock, quorum):
+    """Two of the three that train die at once; others keep the job, and do not train."""
+    async with swarm(kind) as s:
+        nodes = await s.grow(3)
+        idle = await s.grow(4, works=False)
+        job = (await nodes[0].jobs.submit(spec_of(peers=1, quorum=quorum, steps=200), DATA)).id
+        await s.until(lambda: idle[0].view(job).step >= 4 and s.coordinator(job) in nodes, 300)
+        last = s.coordinator(job)
+        for node in nodes:
+            if node is not last:
+                node.kill()
+        stood = last.view(job).step
+        await trio.sleep(15)
+        if quorum == "majority":
+            await trio.sleep(60)
+            assert last.view(job).step <= stood + 1
+            assert not last.view(job).is_ended
+            return
+        assert last.view(job).step > stood + 1
+        for node in nodes:
+            if node is not last:
+                await node.restart()
+        assert await ended(s, idle[0], job) == "done"
+        weights, borders = await results(idle[0], job)
+        assert abs(weights - 3.0).max() < 0.1
+        peers = [one["peers"] for one in borders]
+        assert peers[0] == 3
+        assert 1 in peers
+        assert peers[-1] == 3, "they are in again"
+
+
+async def test_who_takes_over_after_the_last_border_gets_the_end_from_the_others(swarm, autojump_clock):
+    """Of those who were there nobody gets the results written, but one that dies and comes anew."""
+    is_late = []
+
+    class Clumsy(TrainRunner):
+        async def _finish(self, course, context) -> None:
+            if not self.came_late:
+                await trio.sleep(2)
+                raise Refused("the disk is full", reason="disk")
+            await super()._finish(course, context)
+
+    def clumsy(services, node):
+        runner = kind(services, node)
+        runner.__class__ = Clumsy
+        runner.came_late = bool(is_late)
+        node.runner = runner
+        return runner
+
+    async with swarm(clumsy) as s:
+        nodes = await s.grow(3)
+        job = (await nodes[0].jobs.submit(spec_of(), DATA)).id
+        await s.until(lambda: nodes[0].view(job).step == STEPS // EVERY, 300)
+        await trio.sleep(1)
+        first = s.coordinator(job)
+        (end, *_) = [node.runner._courses[job].border.weights.copy() for node in nodes if node is not first]
+        first.kill()
+        is_late.append(True)
+        await first.restart()
+        assert await ended(s, first, job) == "done"
+        assert first.view(job).coordinator == first.peer
+        weights, _ = await results(first, job)
+        assert np.array_equal(weights, end)
