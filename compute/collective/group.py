@@ -297,10 +297,10 @@ class Membership:
         inside = self._inside
         if peer not in last.peers:
             return
-        if inside is None:
-            if self.member in last.members:
+        if self.member in last.members:  # inside, it hears so of one of its own epoch
+            if inside is None:
                 self._enter(now, last)
-        elif place_of(last) > inside.place and (is_any or self._is_lost(peer, inside)):
+        elif inside and place_of(last) > inside.place and (is_any or self._is_lost(peer, inside)):
             self._fall_out(_LEFT_OUT)
             self._door.wait(now)
 

@@ -1,4 +1,4 @@
-"""Members whose connection broke are dialled again, where they last said that they listen.
+"""Members that are not connected are dialled, where they last said that they listen.
 
 A peer says so a moment after it is up, and the mesh tells nobody when it has: it is looked again whenever
 that peer says something.
@@ -6,37 +6,52 @@ that peer says something.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 import trio
 
 from mycel.protocol.errors import MycelError
-from mycel.protocol.mesh import Mesh, PeerDown, PeerId
+from mycel.protocol.limits_group import GroupLimits
+from mycel.protocol.mesh import Mesh, PeerId
 
 
 class Redial:
     """Knows where a group's peers listen. `on_miss` is called for whoever was dialled in vain."""
 
-    def __init__(self, mesh: Mesh, patience_s: float, on_miss: Callable[[PeerId], None]) -> None:
+    def __init__(self, mesh: Mesh, limits: GroupLimits, on_miss: Callable[[PeerId], None]) -> None:
         self._mesh = mesh
-        self._patience_s = patience_s
+        self._limits = limits
         self._on_miss = on_miss
-        self._addresses: dict[PeerId, tuple[str, ...]] = {}
+        self._addresses: OrderedDict[PeerId, tuple[str, ...]] = OrderedDict()
+        self._dialled: dict[PeerId, None] = {}
 
     def note(self, peer: PeerId, *, anew: bool = False) -> None:
         """Remember where a connected peer listens; `anew`: also where that is known."""
-        info = self._mesh.peers.get(peer) if anew or not self._addresses.get(peer) else None
-        if info is not None:
-            self._addresses[peer] = tuple(str(addr) for addr in info.listen_addrs)
+        info = self._mesh.peers.get(peer) if anew or peer not in self._addresses else None
+        if info is None or not info.listen_addrs:
+            return
+        self._addresses[peer] = tuple(str(addr) for addr in info.listen_addrs)
+        self._addresses.move_to_end(peer)
+        while len(self._addresses) > self._limits.members:
+            self._addresses.popitem(last=False)
 
-    def begin(self, event: PeerDown, nursery: trio.Nursery | None) -> None:
-        """A connection broke: dial that peer in `nursery`, where there is one, unless it left."""
-        addrs = self._addresses.pop(event.peer, ())
-        if addrs and event.reason != "left" and nursery is not None:
-            nursery.start_soon(self._dial, event.peer, addrs)
+    def forget(self, peer: PeerId) -> None:
+        """It left: it is not there any more."""
+        self._addresses.pop(peer, None)
+
+    def dial(self, peers: Iterable[PeerId], nursery: trio.Nursery | None) -> None:
+        """Dial those of `peers` that are not connected and have said where they listen, in `nursery`."""
+        for peer in peers:
+            addrs = self._addresses.get(peer, ())
+            if addrs and peer not in self._mesh.peers and peer not in self._dialled and nursery is not None:
+                self._dialled[peer] = None
+                nursery.start_soon(self._dial, peer, addrs)
 
     async def _dial(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
         try:
-            await self._mesh.connect(addrs, timeout=self._patience_s)
+            await self._mesh.connect(addrs, timeout=self._limits.patience_s)
         except MycelError:  # it is gone, then
             self._on_miss(peer)
+        finally:
+            del self._dialled[peer]

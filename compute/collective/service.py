@@ -83,7 +83,7 @@ class Group:
         self._nursery: trio.Nursery | None = None
         self._poke = trio.Event()
         self._news = trio.lowlevel.ParkingLot()
-        self._redial = Redial(mesh, limits.patience_s, self._on_miss)
+        self._redial = Redial(mesh, limits, self._on_miss)
         self.fenced = 0  # how often this node found itself left out
 
     @property
@@ -253,7 +253,8 @@ class Group:
                     self._nursery.start_soon(self._mover.abandon, attempt)
             case Settled():
                 self._settle(action)
-            case Entered():
+            case Entered(epoch=epoch):
+                self._redial.dial(epoch.peers, self._nursery)
                 self._news.unpark_all()
             case Left(why=why):
                 self.fenced += 1
@@ -389,8 +390,10 @@ class Group:
     def _lose(self, event: PeerDown) -> None:
         """A peer's connection broke: it may be back before the next epoch leaves it out."""
         self._core.down(trio.current_time(), event.peer, was_silent=event.reason == "silent")
-        is_member = self.epoch is not None and event.peer in self.epoch.peers
-        self._redial.begin(event, self._nursery if is_member else None)
+        if event.reason == "left":
+            self._redial.forget(event.peer)
+        elif self.epoch is not None:
+            self._redial.dial(self.epoch.peers, self._nursery)
 
     def _on_miss(self, peer: PeerId) -> None:
         self._core.miss(trio.current_time(), peer)

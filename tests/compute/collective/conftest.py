@@ -63,6 +63,8 @@ class Bottle:
         self.now = 0.0
         self.loss = self.doubling = 0.0
         self.delay = (0.01, 0.01)
+        self.lag: dict[tuple[str, str], float] = {}
+        """What messages from one to another take besides."""
         self.moves_at_once = True
         self.nodes: dict[PeerId, Node] = {}
         self.cut: set[frozenset[PeerId]] = set()
@@ -205,7 +207,7 @@ class Bottle:
             return
         for _ in range(copies):
             self._count += 1
-            when = self.now + self.random.uniform(*self.delay)
+            when = self.now + self.random.uniform(*self.delay) + self.lag.get((source, target), 0.0)
             heapq.heappush(self._queue, (when, self._count, source, target, message))
 
     def _check_settled(self, node: Node, settled: Settled) -> None:

@@ -126,6 +126,26 @@ def test_whatever_happens_members_agree(bottle_of: Any, quorum: Any, seed: int) 
     survivors_agree(run)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32))
+@pytest.mark.parametrize("quorum", ["majority", "any"])
+def test_where_all_live_nobody_is_left_out(bottle_of: Any, quorum: Any, seed: int) -> None:
+    """However messages overtake each other while one after the other comes in."""
+    run = Run(bottle_of(Policy(quorum=quorum), seed))
+    bottle = run.bottle
+    bottle.delay = bottle.random.choice([(0.001, 0.01), (0.001, 0.1), (0.001, 0.3)])
+    bottle.lag = {(a, b): bottle.random.choice([0.0, 0.0, 0.3]) for a in NAMES for b in NAMES}
+    for name in NAMES:
+        run.start(name)
+        for _ in range(bottle.random.choice([0, 5, 20])):
+            node = bottle.nodes[bottle.random.choice(list(bottle.nodes))]
+            run.touch("call", node)
+            bottle.run(bottle.random.choice([0.01, 0.1, 0.4]))
+    bottle.run(10)
+    assert {node.name: node.left for node in bottle.nodes.values() if node.left} == {}
+    survivors_agree(run)
+
+
 def has_majority(epochs: list[Epoch], alive: list[Member]) -> bool:
     """Whether the members that live on are the majority of the latest epoch."""
     if not epochs:
