@@ -1,6 +1,6 @@
 """Federated applications: decorated functions that a client's worker process calls.
 
-    app = App()
+    app = mycel.App()
 
     @app.start
     def start(task):                       # the first model, the same from the same seed
@@ -95,11 +95,11 @@ class Task:
 
     def done(self, model: Any, *, examples: int, **metrics: float) -> Trained:
         """Training's result: the model (a mapping, or a torch module) and figures to report."""
-        return Trained(as_arrays(model), examples, numbers(metrics))
+        return Trained(as_arrays(model), count_of(examples), numbers(metrics))
 
     def judged(self, *, examples: int, **metrics: float) -> Judged:
         """Evaluation's result."""
-        return Judged(examples, numbers(metrics))
+        return Judged(count_of(examples), numbers(metrics))
 
 
 class App:
@@ -140,6 +140,17 @@ def _as_array(value: Any) -> NDArray[Any]:
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).numpy()
     return np.asarray(value)
+
+
+def count_of(examples: Any) -> int:
+    """How many examples, as a plain number. Raises `UsageProblem` for what is none."""
+    try:
+        count = int(examples)
+    except (TypeError, ValueError) as error:
+        raise UsageProblem(f"examples is how many there were, not {examples!r}") from error
+    if count < 0:
+        raise UsageProblem(f"examples is how many there were, not {examples!r}")
+    return count
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

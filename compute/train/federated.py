@@ -167,10 +167,10 @@ class Coordinator:
         rules, most = self._plan.rules, self._plan.memory_bytes
         asked = min(clients, math.ceil(rules.wanted * (1 + rules.oversample))) if rules.wanted else clients
         needed = self._plan.strategy.memory_bytes(asked, self._layout.nbytes)
-        takes = f"{clients} clients take part; a round takes up to {needed / MIB:.1f} MiB here"
+        takes = f"{clients} clients take part; a round takes up to {needed / MIB:.3g} MiB here"
         if most and needed > most:
             raise Refused(
-                f"{takes}, and {most / MIB:.1f} are free: ask fewer clients, or take a linear strategy",
+                f"{takes}, and {most / MIB:.3g} are free: ask fewer clients, or take a linear strategy",
                 reason="too-large",
             )
         self._news.log(takes)

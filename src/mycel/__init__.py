@@ -5,6 +5,7 @@ The public Python API is what this module names:
     join(ticket)          be a member of a swarm, from a script
     DiLoCo, DataParallel  train a torch module with the peers of a group
     BorderOptions, OuterOptions
+    App                   an application for federated jobs
 
 The rooms below it (`mycel.protocol`, `mycel.dht`, `mycel.compute`, `mycel.node`, `mycel.simnet`) are
 described in docs/architecture.md. What needs torch is imported when it is first named.
@@ -16,15 +17,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mycel.compute.train.app import App
     from mycel.compute.train.border import BorderOptions
     from mycel.compute.train.diloco import DataParallel, DiLoCo
     from mycel.compute.train.outer import OuterOptions
     from mycel.node.embed import join
 
 __version__ = "0.1.0"
-__all__ = ["BorderOptions", "DataParallel", "DiLoCo", "OuterOptions", "join"]
+__all__ = ["App", "BorderOptions", "DataParallel", "DiLoCo", "OuterOptions", "join"]
 
 _HOMES = {
+    "App": "mycel.compute.train.app",
     "BorderOptions": "mycel.compute.train.border",
     "DataParallel": "mycel.compute.train.diloco",
     "DiLoCo": "mycel.compute.train.diloco",

@@ -26,15 +26,20 @@ rate = 0.02
 epochs = {epochs}
 """
 OWN = """
-from mycel.compute.train.app import App
-
-app = App()
-
-
-@app.train
-def train(task):
-    return task.done(task.arrays, examples=1)
+kind = "federate"
+name = "own"
+app = "digits"
+code = "digits.py"
+data = "blobs"
+rounds = 3
+patience_s = 1
+[settings]
+features = 4
+classes = 3
+rate = 0.05
+local-epochs = 2
 """
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "jobs" / "digits.py"
 
 
 def write_data(path: Path, seed: int) -> None:
@@ -73,7 +78,7 @@ def test_a_federated_job_outlives_kill_9_of_its_coordinator_and_runs_only_truste
     left = [name for name in names if machine(name) is not coordinator]
     done = poll(lambda: (one := view(left[0], job)) and one["phase"] in ("done", "failed") and one)
     said = machine(left[1]).run("logs", job[:6]).stdout
-    assert (done["phase"], done["epoch"], done["step"]) == ("done", 2, 24), said
+    assert (done["phase"], done["epoch"] >= 2, done["step"]) == ("done", True, 24), said
     assert done["metrics"]["accuracy"] > 0.9
     assert done["metrics"]["clients"] == 2
     assert "going on after round" in said
@@ -83,9 +88,10 @@ def test_a_federated_job_outlives_kill_9_of_its_coordinator_and_runs_only_truste
     assert [entry.name for entry in layout.entries] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert json.loads(paths["rounds.json"].read_text())[-1]["round"] == 24
 
-    (tmp_path / "own.py").write_text(OWN)
-    own = 'kind = "federate"\nname = "own"\napp = "own"\ncode = "own.py"\ndata = "blobs"\npatience_s = 1\n'
-    (tmp_path / "own.toml").write_text(own)
+    (tmp_path / "digits.py").write_bytes(EXAMPLE.read_bytes())
+    (tmp_path / "own.toml").write_text(OWN)
     job = machine(left[0]).json("submit", str(tmp_path / "own.toml"))["id"]
-    poll(lambda: "does not trust" in machine(left[1]).run("logs", job[:6]).stdout)
-    machine(left[0]).run("stop", job)
+    done = poll(lambda: (one := view(left[1], job)) and one["phase"] in ("done", "failed") and one)
+    said = machine(left[1]).run("logs", "-f", job[:6]).stdout
+    assert (done["phase"], done["metrics"]["clients"]) == ("done", 1), said  # its submitter trusts itself
+    assert "whom this node's owner does not trust" in said

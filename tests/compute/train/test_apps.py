@@ -17,6 +17,9 @@ from mycel.compute.train.layout import Entry, Layout
 from mycel.compute.train.rows import flatten, from_safetensors, layout_of, row_of, to_safetensors, unflatten
 from mycel.compute.train.trade import Source, StartAsk, WorkAsk, WorkDone
 from mycel.compute.train.workshop import Workshop
+from mycel.node.jobs.federate import source_of
+from mycel.node.jobs.kinds import FederateSpec
+from mycel.node.jobs.spec import read_job_file
 from mycel.protocol.errors import LocalProtocolError, Refused, UsageProblem
 from mycel.protocol.tensor import Tensor
 
@@ -110,6 +113,8 @@ def test_what_an_application_does_wrong_is_named(tmp_path: Path) -> None:
         (lambda task: task.done({"w": np.zeros(4)}, examples=1), r"came back as \(4,\)"),
         (lambda task: task.done(7, examples=1), "a model is a mapping"),
         (lambda task: task.done(task.arrays, examples=1, loss="low"), "metrics are numbers"),
+        (lambda task: task.done(task.arrays, examples="all"), "examples is how many"),
+        (lambda task: task.done(task.arrays, examples=np.int64(-1)), "examples is how many"),
     ]:
         app = App()
         app.train(returns)
@@ -121,25 +126,28 @@ def test_what_an_application_does_wrong_is_named(tmp_path: Path) -> None:
         Workshop().add("empty", App())
 
 
-def test_the_application_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "federated.md").read_text("utf-8")
-    code = page.split("```python\n")[1].split("```")[0]
+def test_the_example_application_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).resolve().parents[3] / "examples" / "jobs"
+    code = (folder / "digits.py").read_bytes()
+    spec = read_job_file(folder / "digits.toml")
+    assert isinstance(spec, FederateSpec)
     draw = np.random.default_rng(0)
     y = draw.integers(0, 10, 300)
     np.savez(tmp_path / "d.npz", x=np.eye(64)[y] + 0.1 * draw.normal(size=(300, 64)), y=y)
     monkeypatch.setattr(sys, "path", list(sys.path))
     shop = Workshop()
     try:
-        shop.open(Source("mine", {"app.py": code.encode()}))
+        shop.open(source_of(spec, code).check())
     finally:
         sys.modules.pop("app", None)
-    begun = shop.start(StartAsk("mine", {}, 5))
-    more: dict[str, Any] = {"layout": begun.layout, "settings": {"rate": 2.0}, "evaluate": True}
+    begun = shop.start(StartAsk(spec.app, spec.settings, 5))
+    told = {**spec.settings, "rate": 0.2, "local-epochs": 5}  # so much of them that one round will do
+    more: dict[str, Any] = {"layout": begun.layout, "settings": told, "evaluate": True}
     update, first = work(
-        shop, "mine", tmp_path / "d.npz", model=row_of(begun.model.data, begun.layout), **more
+        shop, spec.app, tmp_path / "d.npz", model=row_of(begun.model.data, begun.layout), **more
     )
     model = row_of(begun.model.data, begun.layout) + update
-    _, second = work(shop, "mine", tmp_path / "d.npz", model=model, **more)
+    _, second = work(shop, spec.app, tmp_path / "d.npz", model=model, **more)
     assert first.judged["accuracy"] < 0.5 < second.judged["accuracy"]
 
 

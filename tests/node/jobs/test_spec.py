@@ -31,6 +31,7 @@ from mycel.protocol.errors import Refused
 from mycel.protocol.limits_jobs import DEFAULT_JOB_LIMITS as LIMITS
 from mycel.protocol.mesh import Access, PeerId
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "jobs"
 GENERATE = {"kind": "generate", "model": "m", "prompts": "p.txt"}
 BLOB = Blob(cid_of(b"list"), 4, 100)
 
@@ -196,9 +197,13 @@ def test_bytes_of_a_job_that_are_changed_or_cut_are_refused_or_are_another_job(a
     assert reason in ("malformed", "oversized", "unknown-kind")
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_examples_are_jobs_whose_files_are_there(path):
+    assert all((EXAMPLES / name).is_file() for name in file_keys(read_job_file(path)).values())
+
+
 def test_the_example_is_a_job_with_prompts():
-    folder = Path(__file__).resolve().parents[3] / "examples" / "jobs"
-    spec = read_job_file(folder / "generate.toml")
+    spec = read_job_file(EXAMPLES / "generate.toml")
     assert isinstance(spec, GenerateSpec)
-    prompts = read_prompts(spec, (folder / file_keys(spec)["prompts"]).read_bytes())
+    prompts = read_prompts(spec, (EXAMPLES / file_keys(spec)["prompts"]).read_bytes())
     assert [prompt.rest.get("id") for prompt in prompts] == ["pond", "snow", None, None, "moss"]
