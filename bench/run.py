@@ -16,7 +16,19 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-NOT_BENCHES = ("run", "measure", "daemons", "digits", "federated_jobs", "flower", "flower_digits")
+NOT_BENCHES = (
+    "run",
+    "measure",
+    "member",
+    "traps",
+    "crowd",
+    "deaths",
+    "daemons",
+    "digits",
+    "federated_jobs",
+    "flower",
+    "flower_digits",
+)
 
 
 def main() -> None:
