@@ -87,24 +87,24 @@ def clock(finding: Finding, peers: list[Peer], victims: list[Peer], since: float
         finding.done_s.append(result["at"] - died)
 
 
-async def die(
-    crowd: Crowd,
-    seed: int,
-    *,
-    name: str,
-    steps: list[dict[str, Any]],
-    also: int = 0,
-    count: int = 3,
-    quorum: str = "majority",
-    alone: bool = False,
-) -> Finding:
-    """One member falls in mid-reduce, and takes `also` others along.
+@dataclass(frozen=True)
+class Death:
+    """A case in which one member falls in mid-reduce, and maybe takes others along."""
 
-    `alone`: the survivors' result cannot have the dead one's part.
-    """
-    members = await crowd.ready(count, quorum=quorum)
-    victims = [members[(seed + 2 * at) % count] for at in range(1 + also)]
-    return await fall(crowd, name, {victims[0]: steps}, victims, alone=alone)
+    name: str
+    steps: list[dict[str, Any]]
+    also: int = 0
+    """How many others."""
+    count: int = 3
+    quorum: str = "majority"
+    alone: bool = False
+    """The survivors' result cannot have the dead one's part."""
+
+    async def play(self, crowd: Crowd, seed: int) -> Finding:
+        """See above; `seed` says who falls."""
+        members = await crowd.ready(self.count, quorum=self.quorum)
+        victims = [members[(seed + 2 * at) % self.count] for at in range(1 + self.also)]
+        return await fall(crowd, self.name, {victims[0]: self.steps}, victims, alone=self.alone)
 
 
 async def fall(
@@ -298,8 +298,8 @@ async def share(
 
 async def down_to_one(crowd: Crowd, seed: int, *, name: str) -> Finding:
     """Two of three die at once; the one that is left goes on alone, and two others come in."""
-    trap = [step("reduce-scatter", MID)]
-    finding = await die(crowd, seed, name=name, steps=trap, also=1, quorum="any", alone=True)
+    death = Death(name, [step("reduce-scatter", MID)], also=1, quorum="any", alone=True)
+    finding = await death.play(crowd, seed)
     alone = list(crowd.peers)
     finding.check(len(alone) == 1, f"{len(alone)} are left")
     await again(crowd, finding, alone)
@@ -309,7 +309,7 @@ async def down_to_one(crowd: Crowd, seed: int, *, name: str) -> Finding:
 
 def dying(name: str, steps: list[dict[str, Any]], **more: Any) -> tuple[str, Play]:
     """A case in which one member falls in mid-reduce."""
-    return name, partial(die, name=name, steps=steps, **more)
+    return name, Death(name, steps, **more).play
 
 
 BREAK = step("reduce-scatter", MID, do="cut")

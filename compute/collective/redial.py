@@ -7,13 +7,14 @@ that peer says something.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import trio
 
+from mycel.compute.collective.epoch import Epoch
 from mycel.protocol.errors import MycelError
 from mycel.protocol.limits_group import GroupLimits
-from mycel.protocol.mesh import Mesh, PeerId
+from mycel.protocol.mesh import Mesh, PeerDown, PeerId
 
 
 class Redial:
@@ -36,13 +37,16 @@ class Redial:
         while len(self._addresses) > self._limits.members:
             self._addresses.popitem(last=False)
 
-    def forget(self, peer: PeerId) -> None:
-        """It left: it is not there any more."""
-        self._addresses.pop(peer, None)
+    def lost(self, event: PeerDown, epoch: Epoch | None, nursery: trio.Nursery | None) -> None:
+        """A connection broke. Who left is not there any more; others may be."""
+        if event.reason == "left":
+            self._addresses.pop(event.peer, None)
+        elif epoch is not None:
+            self.dial(epoch, nursery)
 
-    def dial(self, peers: Iterable[PeerId], nursery: trio.Nursery | None) -> None:
-        """Dial those of `peers` that are not connected and have said where they listen, in `nursery`."""
-        for peer in peers:
+    def dial(self, epoch: Epoch, nursery: trio.Nursery | None) -> None:
+        """Dial members that are not connected and have said where they listen, in `nursery`."""
+        for peer in epoch.peers:
             addrs = self._addresses.get(peer, ())
             if addrs and peer not in self._mesh.peers and peer not in self._dialled and nursery is not None:
                 self._dialled[peer] = None

@@ -254,7 +254,7 @@ class Group:
             case Settled():
                 self._settle(action)
             case Entered(epoch=epoch):
-                self._redial.dial(epoch.peers, self._nursery)
+                self._redial.dial(epoch, self._nursery)
                 self._news.unpark_all()
             case Left(why=why):
                 self.fenced += 1
@@ -390,10 +390,7 @@ class Group:
     def _lose(self, event: PeerDown) -> None:
         """A peer's connection broke: it may be back before the next epoch leaves it out."""
         self._core.down(trio.current_time(), event.peer, was_silent=event.reason == "silent")
-        if event.reason == "left":
-            self._redial.forget(event.peer)
-        elif self.epoch is not None:
-            self._redial.dial(self.epoch.peers, self._nursery)
+        self._redial.lost(event, self.epoch, self._nursery)
 
     def _on_miss(self, peer: PeerId) -> None:
         self._core.miss(trio.current_time(), peer)
