@@ -7,6 +7,7 @@ number of peers: nothing in it depends on how many there were.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from mycel.compute.train.border import Border, BorderOptions
 from mycel.compute.train.layout import Entry, Layout
 from mycel.compute.train.outer import Flat
-from mycel.compute.train.rows import from_safetensors, to_safetensors
+from mycel.compute.train.rows import flatten, from_safetensors, to_safetensors, unflatten
 from mycel.protocol.errors import UsageProblem
 
 MOMENTUM = "outer.momentum"
@@ -32,6 +33,24 @@ class Checkpoint:
     momentum: Flat | None = None
     """None: the weights of a model that was in no course."""
     steps: int = 0
+
+    def laid_out(self, layout: Layout) -> Checkpoint:
+        """The same tensors in the order of `layout`; others are left out.
+
+        Raises `UsageProblem` where one is lacking or of another shape.
+        """
+        if layout == self.layout:
+            return self
+
+        def ordered(row: Flat) -> Flat:
+            held = unflatten(row, self.layout)
+            for entry in layout.entries:
+                if entry.name not in held or held[entry.name].shape != entry.shape:
+                    raise UsageProblem(f"this checkpoint has no {entry.name!r} of shape {entry.shape}")
+            return flatten({entry.name: held[entry.name] for entry in layout.entries}, layout)
+
+        momentum = None if self.momentum is None else ordered(self.momentum)
+        return Checkpoint(layout, ordered(self.weights), momentum, self.steps)
 
     def border(self, options: BorderOptions) -> Border:
         """The state to go on from."""
@@ -63,3 +82,11 @@ def read_checkpoint(content: bytes) -> Checkpoint:
     if not steps.isdecimal():
         raise UsageProblem(f"a checkpoint's {STEPS} are a number, not {steps[:20]!r}")
     return Checkpoint(layout, flat[: layout.size], flat[layout.size :], int(steps))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a file. Raises `UsageProblem`."""
+    try:
+        return read_checkpoint(path.read_bytes())
+    except OSError as error:
+        raise UsageProblem(f"{path} cannot be read: {error.strerror}") from error

@@ -14,18 +14,23 @@ on its own data; then the way it went, averaged over all peers, moves the weight
 Peers come, go and differ in speed: `compute.train.border` says how that is weighed. Whoever is new or missed
 a step gets the shared state at a border, and is in every sum that is begun after it.
 
+`diloco.save(path)` keeps what `DiLoCo(..., resume=path)` goes on from, on any number of peers.
+
 `DataParallel` averages gradients at every step instead.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from mycel.compute.collective.state import BORDER_TAG
 from mycel.compute.train.border import TAG, Border, BorderOptions, OuterStep
+from mycel.compute.train.checkpoint import load_checkpoint, write_checkpoint
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Flat
 from mycel.compute.train.peers import LeftOut, Peers, Pending
@@ -46,12 +51,26 @@ class _Late:
 class DiLoCo:
     """One peer's part. Made at the same border as the others', or any time later by a newcomer."""
 
-    def __init__(self, module: torch.nn.Module, peers: Peers, options: BorderOptions | None = None) -> None:
-        """Takes the others' weights where there are others: the majority's. Raises as `Peers.sync`."""
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        peers: Peers,
+        options: BorderOptions | None = None,
+        *,
+        resume: str | Path | None = None,
+    ) -> None:
+        """Takes the others' weights where there are others: the majority's. Raises as `Peers.sync`.
+
+        `resume`: begin with what `save`, or a train job, wrote there, on however many peers. Raises
+        `UsageProblem` for a file that is none or of another module.
+        """
         self.options = options or BorderOptions()
         self.peers = peers
         self._flat = FlatModule(module)
-        self._border = Border(self._flat.read(), self.options)
+        if resume is None:
+            self._border = Border(self._flat.read(), self.options)
+        else:
+            self._border = load_checkpoint(Path(resume)).laid_out(self._flat.layout).border(self.options)
         self._inner = 0
         self._late: _Late | None = None
         self._agree()
@@ -68,6 +87,16 @@ class DiLoCo:
     def weights(self) -> Flat:
         """The shared weights in one row, in the order of their names; not to be written."""
         return self._border.weights
+
+    def save(self, path: str | Path) -> None:
+        """Write the shared weights and the outer momentum as a safetensors file, whole or not at all.
+
+        Inner steps since the last border are not in it, nor is the state of the inner optimizer.
+        """
+        path = Path(path)
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_bytes(write_checkpoint(self._border, self._flat.layout))
+        os.replace(fresh, path)
 
     def step(self) -> OuterStep | None:
         """After every inner step. What the outer step did where one was due, None otherwise.

@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 import torch
 
+from mycel.compute.train.layout import Entry, Layout
 from mycel.compute.train.outer import Flat
 from mycel.protocol.errors import LocalProtocolError
 
@@ -29,6 +30,11 @@ class FlatModule:
         self._named = sorted(named, key=lambda pair: pair[0])
         self.count = sum(weight.numel() for _, weight in self._named)
         """Numbers in the row."""
+
+    @property
+    def layout(self) -> Layout:
+        """How they lie in the row."""
+        return Layout(tuple(Entry(name, tuple(weight.shape)) for name, weight in self._named))
 
     def fingerprint(self) -> str:
         """A short name of the layout: names and shapes of the weights, in order."""

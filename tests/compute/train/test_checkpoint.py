@@ -51,6 +51,15 @@ def test_a_plain_model_begins_without_momentum():
     assert np.array_equal(found.weights, row)
 
 
+def test_tensors_may_stand_in_another_order():
+    border = a_border()
+    found = read_checkpoint(write_checkpoint(border, LAYOUT)).laid_out(Layout(LAYOUT.entries[::-1]))
+    assert np.array_equal(found.weights, np.roll(border.weights, 3))
+    assert np.array_equal(found.momentum, np.roll(border.state()["momentum"], 3))
+    with pytest.raises(UsageProblem, match=r"no 'a.bias' of shape \(4,\)"):
+        found.laid_out(Layout((Entry("a.bias", (4,)),)))
+
+
 @pytest.mark.parametrize("momentum", [14, 16])
 def test_a_momentum_of_another_size_is_refused(momentum):
     layout = Layout((*LAYOUT.entries, Entry("outer.momentum", (momentum,))))

@@ -13,7 +13,7 @@ from mycel.compute.train.diloco import DataParallel, DiLoCo
 from mycel.compute.train.flat import FlatModule
 from mycel.compute.train.outer import Outer, OuterOptions
 from mycel.compute.train.peers import LeftOut, Reduced
-from mycel.protocol.errors import LocalProtocolError
+from mycel.protocol.errors import LocalProtocolError, UsageProblem
 
 
 @dataclass
@@ -120,11 +120,11 @@ def a_fresh_model():
     return torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
 
 
-def train(seat, options, steps, *, seed=None):
+def train(seat, options, steps, *, seed=None, resume=None):
     """A small regression; every seat has data of its own."""
     model = a_model(seat.seat if seed is None else seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    diloco = DiLoCo(model, seat, options)
+    diloco = DiLoCo(model, seat, options, resume=resume)
     generator = torch.Generator().manual_seed(100 + seat.seat)
     done = []
     for _ in range(steps):
@@ -148,6 +148,25 @@ def test_peers_end_with_the_same_bits_whatever_they_began_with(overlap):
     for _, diloco, done in runs:
         assert diloco.outer_steps == 4
         assert all(step.contributors == 3 for step in done if step)
+
+
+def test_a_run_goes_on_from_a_file_on_another_number_of_peers(tmp_path):
+    path, options = tmp_path / "run.safetensors", BorderOptions(every=4)
+    (weights, diloco, _), _ = together(2, lambda seat: train(seat, options, 12))
+    diloco.save(path)
+    for seats in (1, 3):
+        begun = together(seats, lambda seat: train(seat, options, 0, seed=7, resume=path))
+        for row, other, _ in begun:
+            assert other.outer_steps == 3
+            assert np.array_equal(row, weights)
+            assert np.array_equal(other._border.state()["momentum"], diloco._border.state()["momentum"])
+        longer = together(seats, lambda seat: train(seat, options, 8, seed=7, resume=path))
+        assert [run[1].outer_steps for run in longer] == [5] * seats
+    with pytest.raises(UsageProblem, match=r"no '0.bias'"):
+        torch_model = torch.nn.Sequential(torch.nn.Linear(5, 17), torch.nn.Tanh(), torch.nn.Linear(17, 1))
+        DiLoCo(torch_model, Seat(Table(1), 0), resume=path)
+    with pytest.raises(UsageProblem, match="cannot be read"):
+        DiLoCo(a_model(), Seat(Table(1), 0), resume=tmp_path / "none")
 
 
 def test_it_is_the_papers_algorithm():
