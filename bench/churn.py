@@ -3,7 +3,8 @@
 Two to six peers sum arrays without end. Every half to two seconds one of them is killed (SIGKILL), or stopped
 for up to six seconds (SIGSTOP, SIGCONT), or a new one comes. Of every reduce it must be true that all who
 ended it have the same bytes, and that these are the sum of what its contributors gave; of every peer, that
-it is never without a result for longer than 10 s while it runs. The last line is one JSON object.
+none of its eight reduces waits for longer than 10 s while it runs, whether it waits for a result, a stop or
+its death. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ FAR = Path(__file__).with_name("churn_far.py")
 PEERS_MIN, PEERS_MAX = 2, 6
 PAUSE_S_MAX = 10.0
 STOP_S = (0.2, 6.0)
+TAGS = [f"t{tag}" for tag in range(8)]
 
 
 @dataclass(eq=False)
@@ -40,8 +43,8 @@ class Peer:
     is_stopped: bool = False
     last: list[str] = field(default_factory=list)
     """Who contributed to its last result."""
-    running_since: float = 0.0
-    """Since when it has run without being stopped, or had its last result."""
+    since: dict[str, float] = field(default_factory=dict)
+    """Per tag: since when it has waited for a result, without being stopped."""
 
 
 class Churn:
@@ -96,6 +99,7 @@ class Churn:
         """It dies at once."""
         self.events["kill"] += 1
         self.peers.remove(peer)
+        self.waited(peer)
         self.missed[peer.id] = (trio.current_time(), [other for other in peer.last if other != peer.id])
         peer.process.send_signal(signal.SIGKILL)
         peer.scope.cancel()
@@ -103,13 +107,22 @@ class Churn:
     async def stop(self, peer: Peer, seconds: float) -> None:
         """It stands still for a while."""
         self.events["stop"] += 1
+        self.waited(peer)
         peer.is_stopped = True
         peer.process.send_signal(signal.SIGSTOP)
         await trio.sleep(seconds)
         if peer in self.peers:
             peer.process.send_signal(signal.SIGCONT)
-            peer.running_since = trio.current_time()
+            self.waited(peer)
             peer.is_stopped = False
+
+    def waited(self, peer: Peer, tags: Iterable[str] = TAGS) -> None:
+        """It has waited for results until now, be it that it has them or not."""
+        now = trio.current_time()
+        for tag in tags:
+            if tag in peer.since and not peer.is_stopped:
+                self.pauses.append(now - peer.since[tag])
+            peer.since[tag] = now
 
     async def listen(self, peer: Peer) -> None:
         """Take what a process says, until it is killed."""
@@ -129,7 +142,7 @@ class Churn:
         """One line of a peer."""
         if "address" in said:
             peer.id, peer.address = said["id"], said["address"]
-            peer.running_since = trio.current_time()
+            self.waited(peer)
             self.numbers[peer.id] = peer.number
             everybody = {p.id: (p.number, p.address) for p in self.peers if p.id}
             for other in self.peers:
@@ -144,9 +157,8 @@ class Churn:
         self.events["reductions"] += 1
         self.events["retried"] += said["attempts"] > 1
         now = trio.current_time()
-        self.pauses.append(now - peer.running_since)
+        self.waited(peer, [said["name"].split("/")[1]])
         self.together[len(said["of"])] = self.together.get(len(said["of"]), 0) + 1
-        peer.running_since = now
         peer.last = said["of"]
         for dead, (when, mourners) in list(self.missed.items()):
             if peer.id in mourners and dead not in said["of"]:

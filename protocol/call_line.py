@@ -114,12 +114,12 @@ class Line:
         scope around the caller sees to it.
         """
         data = self._encode(number, method, request, deadline)
-        if self.lost is not None:
-            raise ConnectionLost(f"the line to {self.peer} is gone: {self.lost}", reason="reset")
+        self._check()
         try:
             self._outlet.put(data)
         except StreamReset as error:
             raise lost(error, self.peer, method.name) from error
+        self._check()  # that the connection is lost may show in sending, before this call is known here
         # From here on the request is under way, and this side's work costs the caller no time.
         pending = Pending(self, number, method, len(data))
         self._pending[number] = pending
@@ -160,6 +160,11 @@ class Line:
         """Fail all calls on the line."""
         self._end(error)
         self._stream.reset()
+
+    def _check(self) -> None:
+        """Raise `ConnectionLost` where nothing will be answered any more."""
+        if self.lost is not None:
+            raise ConnectionLost(f"the line to {self.peer} is gone: {self.lost}", reason="reset")
 
     def _encode(self, number: int, method: Method[Any, Any], request: Any, deadline: float) -> Any:
         """The request's frame; in a buffer that the next call reuses, where it can be."""

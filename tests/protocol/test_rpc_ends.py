@@ -18,6 +18,7 @@ from mycel.protocol.errors import (
     RemoteError,
 )
 from mycel.protocol.limits import CallLimits
+from mycel.protocol.outlet import Outlet
 from mycel.protocol.rpc import Call, Method
 from mycel.protocol.serve_line import LINE
 
@@ -154,6 +155,21 @@ async def test_a_lost_connection_fails_the_call_after_one_run(duo, fresh):
         await waiter.cancelled.wait()
     await duo.join()
     assert waiter.calls == 1
+
+
+async def test_a_connection_whose_end_shows_in_sending_fails_the_call(duo, monkeypatch):
+    """As a write to a socket whose other end has died: the line is lost before it knows of the call."""
+    duo.far.serve(ECHO, echo)
+    await duo.near.call(duo.peer, ECHO, Ask("a line is there now"), deadline_s=LONG_S)
+    put = Outlet.put
+
+    def put_and_lose(outlet, data):
+        put(outlet, data)
+        duo.cut()
+
+    monkeypatch.setattr(Outlet, "put", put_and_lose)
+    with trio.fail_after(LONG_S / 2), pytest.raises(ConnectionLost):
+        await duo.near.call(duo.peer, ECHO, Ask("to whom?"), deadline_s=LONG_S)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
