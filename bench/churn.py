@@ -4,7 +4,8 @@ Two to six peers sum arrays without end. Every half to two seconds one of them i
 for up to six seconds (SIGSTOP, SIGCONT), or a new one comes. Of every reduce it must be true that all who
 ended it have the same bytes, and that these are the sum of what its contributors gave; of every peer, that
 none of its eight reduces waits for longer than 10 s while it runs, whether it waits for a result, a stop or
-its death. The last line is one JSON object.
+its death. Time in which this bench itself did not run, because somebody stopped it or the machine slept, is
+nobody's pause; it is played longer by as much. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ PEERS_MIN, PEERS_MAX = 2, 6
 PAUSE_S_MAX = 10.0
 STOP_S = (0.2, 6.0)
 TAGS = [f"t{tag}" for tag in range(8)]
+TICK_S = 0.1
+LATE_S = 0.5
+"""A tick that comes this late says that this process stood still."""
 
 
 @dataclass(eq=False)
@@ -63,15 +67,19 @@ class Churn:
         """Killed peers: when, and who had reduced with them just before."""
         self.after_kill: list[float] = []
         self.wrong: list[str] = []
+        self.ticked = 0.0
+        self.stood_still_s = 0.0
         self.events = dict.fromkeys(("come", "kill", "stop", "fenced", "reductions", "retried"), 0)
 
     async def run(self, seconds: float) -> None:
         """Play for so long."""
+        self.ticked = trio.current_time()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.tick)
             for _ in range(3):
                 await self.come(nursery)
             end = trio.current_time() + seconds
-            while trio.current_time() < end:
+            while self.now() < end + self.stood_still_s:
                 await trio.sleep(self.draw.uniform(0.5, 2))
                 awake = [peer for peer in self.peers if peer.id and not peer.is_stopped]
                 what = self.draw.choice(["come", "kill", "stop"])
@@ -84,6 +92,24 @@ class Churn:
             for peer in self.peers[:]:
                 self.kill(peer)
             nursery.cancel_scope.cancel()
+
+    async def tick(self) -> None:
+        """Look at the clock, often."""
+        while True:
+            self.now()
+            await trio.sleep(TICK_S)
+
+    def now(self) -> float:
+        """The time; what this process did not see of it is left out of all that is waited for."""
+        now = trio.current_time()
+        late = now - self.ticked - TICK_S
+        self.ticked = now
+        if late > LATE_S:
+            self.stood_still_s += late
+            for peer in self.peers:
+                peer.since = {tag: since + late for tag, since in peer.since.items()}
+            self.missed = {peer: (when + late, who) for peer, (when, who) in self.missed.items()}
+        return now
 
     async def come(self, nursery: trio.Nursery) -> None:
         """A process starts."""
@@ -100,7 +126,7 @@ class Churn:
         self.events["kill"] += 1
         self.peers.remove(peer)
         self.waited(peer)
-        self.missed[peer.id] = (trio.current_time(), [other for other in peer.last if other != peer.id])
+        self.missed[peer.id] = (self.now(), [other for other in peer.last if other != peer.id])
         peer.process.send_signal(signal.SIGKILL)
         peer.scope.cancel()
 
@@ -118,7 +144,7 @@ class Churn:
 
     def waited(self, peer: Peer, tags: Iterable[str] = TAGS) -> None:
         """It has waited for results until now, be it that it has them or not."""
-        now = trio.current_time()
+        now = self.now()
         for tag in tags:
             if tag in peer.since and not peer.is_stopped:
                 self.pauses.append(now - peer.since[tag])
@@ -156,7 +182,7 @@ class Churn:
             return
         self.events["reductions"] += 1
         self.events["retried"] += said["attempts"] > 1
-        now = trio.current_time()
+        now = self.now()
         self.waited(peer, [said["name"].split("/")[1]])
         self.together[len(said["of"])] = self.together.get(len(said["of"]), 0) + 1
         peer.last = said["of"]
@@ -196,6 +222,7 @@ def main() -> None:
             "median_gap_s": statistics.median(churn.pauses) if churn.pauses else options.seconds,
             "after_kill_s": statistics.median(churn.after_kill) if churn.after_kill else None,
             "after_kill_s_max": max(churn.after_kill, default=None),
+            "stood_still_s": churn.stood_still_s,
             "operations": len(churn.results),
             **churn.events,
             **{f"of_{size}": count for size, count in sorted(churn.together.items())},
