@@ -237,9 +237,6 @@ def measure_restart(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["rounds", "flower", "kills", "restart", "jobs"])
-    options = parser.parse_args()
     parts = {
         "rounds": measure_rounds,
         "flower": partial(measure_flower, names=NAMES, seed=SEED),
@@ -247,7 +244,9 @@ def main() -> None:
         "restart": measure_restart,
         "jobs": partial(measure_jobs, settings=SLOW),
     }
-    chosen = [options.only] if options.only else list(parts)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
+    chosen = parser.parse_args().only
     folder = Path(tempfile.mkdtemp(prefix="mycel-bench-"))
     figures: dict[str, float] = {}
     try:
