@@ -7,6 +7,7 @@ for a word names the moment from which on it counts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,9 @@ import trio
 
 FAR = Path(__file__).with_name("kills_far.py")
 WITHIN_S = 60.0
+TICK_S = 0.05
+LATE_S = 0.25
+"""A tick that comes this late says that this process stood still."""
 
 Said = dict[str, Any]
 
@@ -53,17 +57,34 @@ class Peer:
     async def hear(
         self, word: str, since: float, where: Callable[[Said], bool] = bool, within_s: float = WITHIN_S
     ) -> Said:
-        """Wait for that. Raises `NotSo`."""
-        with trio.move_on_after(within_s):
-            while (found := self.find(word, since, where)) is None:
-                await self.news.park()
-            return found
+        """Wait for that. Raises `NotSo`; time in which this process itself stood still is not counted."""
+        for _ in range(math.ceil(within_s)):
+            with trio.move_on_after(1):
+                while (found := self.find(word, since, where)) is None:
+                    await self.news.park()
+                return found
         last = [said for said in self.said if said["t"] >= since][-5:]
         raise NotSo(f"peer {self.number} did not say {word!r} within {within_s:g} s; it said {last}")
 
     def wake(self) -> None:
         """Let it go on after SIGSTOP."""
         self.process.send_signal(signal.SIGCONT)
+
+
+class Standstill:
+    """Notices that this process did not run for a while: then neither did what it measures."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    async def watch(self) -> None:
+        """Look at the clock, often."""
+        while True:
+            due = trio.current_time() + TICK_S
+            await trio.sleep_until(due)
+            late = trio.current_time() - due
+            if late > LATE_S:
+                self.seconds += late
 
 
 class Crowd:
