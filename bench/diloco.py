@@ -1,14 +1,18 @@
 """DiLoCo against data-parallel training: a byte LM on Python's own sources, four workers, real processes.
 
     loss_vs_parallel     held-out loss of DiLoCo (a border every 50 steps, int8 with error feedback) over that
-                         of averaging every step's gradients, after the same tokens
+                         of averaging every step's gradients, after the same tokens; means of two seeds
     loss_vs_alone        the same over one worker that trains by itself, on a quarter of the tokens
+    loss, loss_parallel  nats a byte, the two that the first compares
     bytes_vs_parallel    bytes on the loopback device during DiLoCo, everything counted, over those of
                          an fp32 ring all-reduce at every step (computed: 2 (n - 1) times the weights)
     async_vs_compute     wall time with overlap, each sum a second late, over the same steps without peers
     sync_vs_compute      the same without overlap, for comparison
 
-All workers must end with the same bits, or the benchmark fails.
+All have the same model, inner optimizer (AdamW as torch sets it) and schedule (warm-up, cosine down to 2 %).
+DiLoCo has one learning rate; of three for what it is compared with the one that ended best counts, in favour
+of the other side. A seed gives first weights and batches. All workers must end with the same bits, or the
+benchmark fails.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -31,13 +36,14 @@ from mycel.node.client import Client
 
 WORKERS = 4
 TRAINING = {
-    "workers": WORKERS, "steps": 20_000, "batch": 64, "rate": 4e-3, "every": 50,
-    "outer_rate": 0.7, "momentum": 0.8, "overlap": False, "delay_s": 0.0,
+    "workers": WORKERS, "steps": 20_000, "batch": 64, "rate": 4e-3, "memory": 0.999, "every": 50,
+    "outer_rate": 1.0, "momentum": 0.7, "overlap": False, "delay_s": 0.0, "seed": 0,
 }  # fmt: skip
 DELAYED = {**TRAINING, "steps": 400, "batch": 4096, "delay_s": 1.0}
 """Steps long enough that a second is less than fifty of them."""
-PARALLEL_RATES = (4e-3, 8e-3)
-"""The better one counts: what is compared with has the learning rate that suits it."""
+SEEDS = (0, 1)
+RATES = (4e-3, 8e-3, 16e-3)
+"""Of what is compared with, each to be tried."""
 
 
 class Workers:
@@ -53,13 +59,17 @@ class Workers:
         ]
         self.hear()
 
-    def ask(self, content: Mapping[str, Any], workers: int = WORKERS) -> list[dict[str, Any]]:
-        """Ask the first so many at once; their answers."""
-        for process in self._processes[:workers]:
+    def ask(self, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Ask all the same, at once; their answers."""
+        return self.ask_each([content] * WORKERS)
+
+    def ask_each(self, contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Ask the first so many, each its own, at once; their answers."""
+        for process, content in zip(self._processes, contents, strict=False):
             assert process.stdin is not None
             process.stdin.write(json.dumps(content) + "\n")
             process.stdin.flush()
-        return self.hear(workers)
+        return self.hear(len(contents))
 
     def hear(self, workers: int = WORKERS) -> list[dict[str, Any]]:
         """One line of each."""
@@ -108,22 +118,28 @@ def diloco(workers: Workers, ticket: str, group: str, settings: Mapping[str, Any
     return {**max(told, key=lambda one: one["s"]), "bytes": sent_on_loopback() - before}
 
 
+def best(workers: Workers, do: str) -> tuple[float, int]:
+    """What is compared with: (nats a byte at the best of the rates, mean of the seeds; weights)."""
+    told = [
+        workers.ask_each([{**TRAINING, "do": do, "seed": seed, "rate": rate} for rate in RATES])
+        for seed in SEEDS
+    ]
+    means = [mean([one["loss"] for one in ones]) for ones in zip(*told, strict=True)]
+    print(f"{do}: {', '.join(format(one, '.4f') for one in means)} nats a byte at rates {RATES}")
+    return min(means), told[0][0]["weights"]
+
+
 def main() -> None:
     """Measure and report."""
     workers = Workers()
     try:
         with swarm() as ticket:
-            parallel = [
-                workers.ask({**TRAINING, "rate": rate, "do": "parallel"}, 1)[0] for rate in PARALLEL_RATES
-            ]
-            best = min(one["loss"] for one in parallel)
-            print(f"data-parallel: {', '.join(format(one['loss'], '.4f') for one in parallel)} nats a byte")
-            alone = workers.ask({**TRAINING, "do": "alone"})
-            one = sum(worker["loss"] for worker in alone) / WORKERS
-            print(f"one worker by itself: {one:.4f}")
-            together = diloco(workers, ticket, "quality", TRAINING)
-            print(f"DiLoCo: {together['loss']:.4f} after {together['steps']} steps, {together['s']:.0f} s")
-            per_step = 2 * (WORKERS - 1) * 4 * parallel[0]["weights"]  # of all workers together
+            parallel, weights = best(workers, "parallel")
+            alone, _ = best(workers, "alone")
+            runs = [diloco(workers, ticket, f"quality-{seed}", {**TRAINING, "seed": seed}) for seed in SEEDS]
+            loss = mean([run["loss"] for run in runs])
+            print("DiLoCo: " + ", ".join(f"{run['loss']:.4f} in {run['s']:.0f} s" for run in runs))
+            per_step = 2 * (WORKERS - 1) * 4 * weights  # of all workers together
             compute = max(worker["s"] for worker in workers.ask({**DELAYED, "do": "alone"}))
             late = diloco(workers, ticket, "late", {**DELAYED, "overlap": True})
             waiting = diloco(workers, ticket, "waiting", DELAYED)
@@ -132,10 +148,12 @@ def main() -> None:
             report(
                 "diloco",
                 {
-                    "loss_vs_parallel": together["loss"] / best,
-                    "loss_vs_alone": together["loss"] / one,
-                    "loss": together["loss"],
-                    "bytes_vs_parallel": together["bytes"] / (per_step * TRAINING["steps"]),
+                    "loss_vs_parallel": loss / parallel,
+                    "loss_vs_alone": loss / alone,
+                    "loss": loss,
+                    "loss_parallel": parallel,
+                    "bytes_vs_parallel": mean([run["bytes"] for run in runs])
+                    / (per_step * TRAINING["steps"]),
                     "async_vs_compute": late["s"] / compute,
                     "sync_vs_compute": waiting["s"] / compute,
                 },
