@@ -113,6 +113,8 @@ class Membership:
         """Whoever was in an epoch with this node."""
         self._look_at = math.inf
         """When somebody who knocked will have waited for long enough."""
+        self._has_begun = False
+        """Whether there were enough members once: before that nobody has got anywhere."""
 
     @property
     def epoch(self) -> Epoch | None:
@@ -321,6 +323,7 @@ class Membership:
         place = place_of(epoch)
         ledger = Ledger(self._group, epoch, self._me, self._calls, self._limits)
         ledger.is_short = len(epoch.members) < self._policy.least
+        self._has_begun |= not ledger.is_short
         succession = Succession(epoch, self._me, ledger, self._policy.quorum, self._limits)
         self._inside = _Inside(epoch, place, ledger, succession)
         self._history.add(place, epoch)
@@ -350,7 +353,7 @@ class Membership:
         wants = inside.succession.rank() == 0 and bool(self._door.newcomers(now, inside.succession.here))
         if inside.ledger.stops != wants:
             inside.ledger.stops = wants
-            inside.ledger.holds = wants and self._policy.admits == "whenever"
+            inside.ledger.holds = wants and (self._policy.admits == "whenever" or not self._has_begun)
             inside.ledger.call_all()
         is_time = inside.ledger.is_quiet if inside.ledger.holds else inside.ledger.at_border
         if wants and is_time:

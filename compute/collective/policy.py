@@ -15,7 +15,8 @@ class Policy:
 
     quorum: Quorum = "majority"
     admits: Literal["whenever", "border"] = "whenever"
-    """Newcomers come in whenever nothing moves, or only while all members wait in `border`."""
+    """Newcomers come in whenever nothing moves, or only while all members wait in `border`, once there were
+    `least` of them: before that nobody has got anywhere."""
     least: int = 1
     """With fewer members than this nothing begins."""
     founds: bool = True

@@ -18,6 +18,7 @@ from mycel.compute.collective.service import Group
 from mycel.compute.collective.state import SharedState
 from mycel.compute.train.peers import Array, LeftOut, Reduced
 from mycel.protocol.errors import MycelError
+from mycel.protocol.mesh import PeerId
 
 Result = TypeVar("Result")
 
@@ -37,12 +38,39 @@ class GroupPeers:
         epoch = self._group.epoch
         return 0 if epoch is None else len(epoch.members)
 
+    @property
+    def members(self) -> list[str]:
+        """Their ids in their order, this node's among them; none while it is outside."""
+        epoch = self._group.epoch
+        return [] if epoch is None else list(epoch.peers)
+
     def all_reduce(
         self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None
     ) -> Reduced:
         """See `Peers.all_reduce`. Raises `OperationRefused` for what cannot be added up, `GroupClosed`."""
         reduce = partial(self._group.all_reduce, array, op=op, tag=tag, codec=codec)
         return _reduced(self._do(reduce))
+
+    def reduce_scatter(
+        self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None
+    ) -> tuple[Reduced, Array]:
+        """As `all_reduce`, but each member gets only its part of the result, and `array` stays as it is."""
+        outcome, part = self._do(partial(self._group.reduce_scatter, array, op=op, tag=tag, codec=codec))
+        return _reduced(outcome), part
+
+    def all_gather(self, part: Array, *, tag: str = "", codec: str | None = None) -> tuple[Reduced, Array]:
+        """Every member's `part`, flat, one after the other as in `members`. Raises as `all_reduce`."""
+        outcome, whole = self._do(partial(self._group.all_gather, part, tag=tag, codec=codec))
+        return _reduced(outcome), whole
+
+    def broadcast(self, array: Array, root: str, *, tag: str = "", codec: str | None = None) -> Reduced:
+        """Replace everybody's `array` by that of the member `root`. Raises as `all_reduce`."""
+        send = partial(self._group.broadcast, array, PeerId(root), tag=tag, codec=codec)
+        return _reduced(self._do(send))
+
+    def barrier(self, *, tag: str = "barrier") -> Reduced:
+        """Wait until all members have called it. Raises as `all_reduce`."""
+        return _reduced(self._do(partial(self._group.barrier, tag=tag)))
 
     def begin_all_reduce(
         self, array: Array, *, op: str = "avg", tag: str = "", codec: str | None = None

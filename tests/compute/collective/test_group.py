@@ -343,6 +343,29 @@ def test_newcomers_come_in_at_borders_only_where_that_is_agreed(bottle_of: Any, 
     """)
 
 
+def test_until_enough_were_there_newcomers_need_no_border(bottle_of: Any, script_of: Any) -> None:
+    script_of(bottle_of(Policy("any", "border", least=2))).play("""
+        start a
+        run 2
+        call x a
+        run 1
+        start b
+        run 1
+        together a b
+        call x b
+        run 1
+        ended x kept a b
+        start c
+        run 2
+        out c               # now there is somewhere to come in
+        kill b
+        run 3
+        call border a
+        run 1
+        together a c
+    """)
+
+
 def test_a_part_that_is_no_majority_says_what_it_waits_for(bottle_of: Any, script_of: Any) -> None:
     bottle = bottle_of(Policy())
     script_of(bottle).play("""
