@@ -36,7 +36,7 @@ from typing import Any
 from digits import SETTINGS, PlainLoop, deal
 from federated_far import key_of
 from federated_jobs import measure_jobs
-from flower import measure_flower
+from flower import FLOWER_PYTHON, measure_flower
 from measure import report
 
 CLIENTS = 10
@@ -237,9 +237,10 @@ def measure_restart(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
+    named = os.environ.pop(FLOWER_PYTHON, None)  # no setting of a daemon, though it begins like one
     parts = {
         "rounds": measure_rounds,
-        "flower": partial(measure_flower, names=NAMES, seed=SEED),
+        "flower": partial(measure_flower, names=NAMES, seed=SEED, named=named),
         "kills": measure_kills,
         "restart": measure_restart,
         "jobs": partial(measure_jobs, settings=SLOW),

@@ -43,20 +43,22 @@ def run_rounds(grid: Grid, context: Context) -> None:
         first = ArrayRecord([found[name] for name in sorted(found)])
     while len(list(grid.get_node_ids())) < clients:
         time.sleep(0.2)
+    report = Path(str(config["report"]))
     began, seconds, accuracies = 0.0, [], []
 
     def judge(number: int, arrays: ArrayRecord) -> MetricRecord:
         nonlocal began
+        took = time.monotonic() - began
+        layers = layers_of(arrays.to_numpy_ndarrays())
+        right = accuracy(layers, str(config["judge"]), float(config["scale"]))
         if number:
-            seconds.append(time.monotonic() - began)
-        right = accuracy(layers_of(arrays.to_numpy_ndarrays()), str(config["judge"]), float(config["scale"]))
-        if number:
+            seconds.append(took)
             accuracies.append(right)
+            part = report.with_suffix(".part")
+            part.write_text(json.dumps({"seconds": seconds, "accuracies": accuracies}))
+            part.rename(report)
         began = time.monotonic()
         return MetricRecord({"accuracy": right})
 
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     strategy.start(grid=grid, initial_arrays=first, num_rounds=rounds, evaluate_fn=judge)
-    report = Path(str(config["report"]))
-    report.with_suffix(".part").write_text(json.dumps({"seconds": seconds, "accuracies": accuracies}))
-    report.with_suffix(".part").rename(report)
