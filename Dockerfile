@@ -11,6 +11,8 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
+# A C compiler, for the kernel of quantized sums.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /opt/mycel
 RUN /opt/mycel/bin/pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" -c constraints.txt "$(grep ^torch== constraints.txt)"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mycel.lanes")
 
 LaneTaker = Callable[[PeerId, socket.socket, bytes | None], None]
-"""Gets a peer, a blocking socket that is a lane, and the key it is sealed with (None: not)."""
+"""Gets a peer, a socket that is a lane, not blocking,, and the key it is sealed with (None: not)."""
 
 
 class LaneDesk:
@@ -192,4 +192,4 @@ class LaneDesk:
         finally:
             gate.release_on_behalf_of(sock)
         take = self._on_in if expected.is_incoming else self._on_out
-        take(expected.peer, setup.blocking(sock), self._cipher(keys))
+        take(expected.peer, setup.detached(sock), self._cipher(keys))

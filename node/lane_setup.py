@@ -109,7 +109,7 @@ def check_share(share: bytes, token: bytes = bytes(TOKEN_BYTES)) -> None:
 
 
 async def dial(host: str, port: int, keys: LaneKeys, token: bytes, lane: int) -> socket.socket:
-    """A blocking socket that is the lane. The deadline is the caller's.
+    """The socket that is the lane, not blocking. The deadline is the caller's.
 
     Raises `OSError`, and `RemoteProtocolError` where somebody else answers.
     """
@@ -121,7 +121,7 @@ async def dial(host: str, port: int, keys: LaneKeys, token: bytes, lane: int) ->
         await send_all(sock, token + bytes((lane,)) + keys.mark(b"dial", token))
         if not hmac.compare_digest(await receive(sock, MARK_BYTES), keys.mark(b"take", token)):
             raise RemoteProtocolError("a stranger is at the lane's port: its mark does not hold")
-        return blocking(sock)
+        return detached(sock)
     except BaseException:  # why: a cancelled dial closes its socket too; raised again
         sock.close()
         raise
@@ -150,10 +150,10 @@ async def send_all(sock: trio.socket.SocketType, data: bytes) -> None:
         data = data[await sock.send(data) :]
 
 
-def blocking(sock: trio.socket.SocketType, silence_s: float = 5.0) -> socket.socket:
+def detached(sock: trio.socket.SocketType, silence_s: float = 5.0) -> socket.socket:
     """The socket for a thread; trio's is of no more use. What is not acknowledged for `silence_s` ends it."""
     plain = socket.socket(fileno=sock.detach())
-    plain.setblocking(True)
+    plain.setblocking(False)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
     return plain

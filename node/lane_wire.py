@@ -69,27 +69,29 @@ class Sealer:
         """`key` None: without encryption."""
         self._cipher = None if key is None else AESGCM(key)
         self._count = 0
-        self._buffer = bytearray(HEAD_BYTES + 2 * TAG_BYTES)
+        self._buffer = memoryview(bytearray(0))
 
-    def seal(self, head: Head, body: memoryview) -> memoryview:
-        """The frame's bytes, in this object's own buffer: valid until the next call."""
-        whole = HEAD_BYTES + 2 * TAG_BYTES + head.length
-        if len(self._buffer) < whole:
-            self._buffer = bytearray(whole)
-        view = memoryview(self._buffer)
+    @property
+    def is_plain(self) -> bool:
+        """Whether frames are not encrypted, so that what `seal` returns of a body is the body itself."""
+        return self._cipher is None
+
+    def seal(self, head: Head, body: memoryview) -> tuple[bytes, memoryview]:
+        """The frame's bytes, head and body. The latter stand in this object's own buffer until the next call,
+        or, without encryption, where they stood."""
         plain = head.pack()
         if body.nbytes != head.length:
             raise RemoteProtocolError(f"a body of {body.nbytes} bytes under a head of {head.length}")
         if self._cipher is None:
-            view[:HEAD_BYTES] = plain
-            view[HEAD_BYTES : HEAD_BYTES + head.length] = body
-            return view[: HEAD_BYTES + head.length]
-        begin = HEAD_BYTES + TAG_BYTES
-        self._cipher.encrypt_into(self._nonce(), plain, None, view[:begin])
+            return plain, body
+        sealed = self._cipher.encrypt(self._nonce(), plain, None)
         if not head.length:
-            return view[:begin]
-        self._cipher.encrypt_into(self._nonce(), body, plain, view[begin:whole])
-        return view[:whole]
+            return sealed, self._buffer[:0]
+        whole = head.length + TAG_BYTES
+        if len(self._buffer) < whole:
+            self._buffer = memoryview(bytearray(whole))
+        self._cipher.encrypt_into(self._nonce(), body, plain, self._buffer[:whole])
+        return sealed, self._buffer[:whole]
 
     def _nonce(self) -> bytes:
         self._count += 1

@@ -25,8 +25,9 @@ import trio
 
 from mycel.compute.collective.streams import StreamLanes
 from mycel.node.lane_desk import LaneDesk
+from mycel.node.lane_ends import LaneReceiver, LaneSender, Waiting
 from mycel.node.lane_setup import LANES_MAX
-from mycel.node.lane_threads import NEAR_BUFFER_BYTES, Cap, LaneReceiver, LaneSender, Waiting
+from mycel.node.lane_threads import Cap, LaneThread
 from mycel.node.lane_wire import Opener, Sealer
 from mycel.protocol.errors import MycelError
 from mycel.protocol.lane import Head, Parcel, Taker
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from trio._core._run import TaskStatus
 
 log = logging.getLogger("mycel.lanes")
-
-NEAR_S = 0.001
-"""A round trip shorter than this is one within a machine or a room."""
 
 Encryption = Literal["aes-128-gcm", "none"]
 
@@ -70,6 +68,11 @@ class _Pair:
     """When it may be tried again to set lanes up."""
     setting_up: trio.Lock = field(default_factory=trio.Lock)
 
+    def wake(self) -> None:
+        """Something waits to be sent."""
+        for sender in self.senders:
+            sender.wake()
+
 
 class SocketLanes:
     """See above. `run` must be running while it is used."""
@@ -88,7 +91,7 @@ class SocketLanes:
         self._pairs: dict[PeerId, _Pair] = {}
         self._receivers: dict[PeerId, list[LaneReceiver]] = {}
         self._moved: dict[PeerId, int] = {}
-        self._live: dict[LaneSender | LaneReceiver, None] = {}
+        self._threads: list[LaneThread] = []
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
 
@@ -114,11 +117,9 @@ class SocketLanes:
                 task_status.started()
         finally:
             self._nursery = None
-            for lane in list(self._live):
-                lane.end()
-            for lane in list(self._live):
-                lane.join()  # shut, it ends as soon as it has worked in what it holds
-                self._close_lane(lane)
+            for thread in self._threads:
+                thread.stop()  # as soon as it has worked in what it holds
+            self._threads.clear()
 
     def attach(self, taker: Taker) -> None:
         """See `Lanes.attach`."""
@@ -150,7 +151,9 @@ class SocketLanes:
         """See `Lanes.send`."""
         pair = self._pairs.get(parcel.peer)
         is_bulk = parcel.head.length > self._limits.small_bytes
-        if not (is_bulk and pair is not None and pair.senders and pair.waiting.put([parcel])):
+        if is_bulk and pair is not None and pair.senders and pair.waiting.put([parcel]):
+            pair.wake()
+        else:
             self._in_trio(partial(self._streams.send, parcel))
 
     def tell(self, peer: PeerId, head: Head, body: bytes) -> None:
@@ -176,34 +179,25 @@ class SocketLanes:
         if pair is None or self._nursery is None:
             sock.close()
             return
-        if self._is_near(peer):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_BUFFER_BYTES)
+        thread = self._thread(len(pair.senders))
         on_end = partial(self._in_trio_ended, self._sender_ended, peer, pair)
-        sender = LaneSender(sock, Sealer(key), pair.waiting, self._cap, on_end)
+        sender = LaneSender(sock, Sealer(key), pair.waiting, self._cap, thread, on_end)
         pair.senders.append(sender)
-        self._live[sender] = None
-        sender.start()
-        self._nursery.start_soon(self._watch_far_end, sender)
+        thread.add(sender)
 
-    def _is_near(self, peer: PeerId) -> bool:
-        host, rtt = self._desk.host_of(peer), self._mesh.rtt(peer)
-        is_here = host is not None and ipaddress.ip_address(host).is_loopback
-        return is_here or (rtt is not None and rtt < NEAR_S)
-
-    async def _watch_far_end(self, sender: LaneSender) -> None:
-        """Nothing is said in the other direction of a lane: what shows there is its end."""
-        with contextlib.suppress(trio.ClosedResourceError):
-            if sender.sock.fileno() >= 0:  # else it ended before this task's first turn
-                await trio.lowlevel.wait_readable(sender.sock)
-            sender.end()
+    def _thread(self, lane: int) -> LaneThread:
+        """What drives so many-th lane with a peer, in both directions."""
+        if len(self._threads) < self._limits.lanes and len(self._threads) <= lane:
+            self._threads.append(LaneThread())
+        return self._threads[lane % len(self._threads)]
 
     def _sender_ended(self, peer: PeerId, pair: _Pair, sender: LaneSender) -> None:
-        self._close_lane(sender)
         if sender not in pair.senders:
             return
         pair.senders.remove(sender)
         again = sender.undelivered()
         if pair.senders and pair.waiting.put(again):
+            pair.wake()
             log.info("a lane to %s is gone; %d are left", peer, len(pair.senders))
             return
         for parcel in [*again, *pair.waiting.close()]:
@@ -216,17 +210,13 @@ class SocketLanes:
         if self._taker is None or self._nursery is None or len(lanes) >= LANES_MAX:
             sock.close()
             return
-        is_near = self._is_near(peer)
-        if is_near:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER_BYTES)
         on_end = partial(self._in_trio_ended, self._receiver_ended, peer)
-        receiver = LaneReceiver(sock, Opener(key), peer, self._taker, on_end, is_near=is_near)
+        receiver = LaneReceiver(sock, Opener(key), peer, self._taker, on_end)
+        thread = self._thread(len(lanes))
         lanes.append(receiver)
-        self._live[receiver] = None
-        receiver.start()
+        thread.add(receiver)
 
     def _receiver_ended(self, peer: PeerId, receiver: LaneReceiver) -> None:
-        self._close_lane(receiver)
         lanes = self._receivers.get(peer, [])
         if receiver in lanes:
             lanes.remove(receiver)
@@ -257,9 +247,3 @@ class SocketLanes:
                 sender.end()
         for receiver in self._receivers.pop(peer, []):
             receiver.end()
-
-    def _close_lane(self, lane: LaneSender | LaneReceiver) -> None:
-        """Close the socket of a thread that has ended."""
-        if self._live.pop(lane, self) is None:
-            trio.lowlevel.notify_closing(lane.sock)
-            lane.sock.close()

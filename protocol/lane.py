@@ -80,7 +80,7 @@ class Gate(Protocol):
         """Whether nobody may enter any more."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Parcel:
     """A part for `peer`. `fill` gives its body, `head.length` bytes, and is called within the gate only; None
     where there is nothing to send any more.

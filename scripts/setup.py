@@ -1,7 +1,8 @@
 """Make .venv and put everything into it that `make demo`, `make test` and `make check` need.
 
 Run by any Python >= 3.11 (`make` finds one). It does nothing when a stamp in .venv says that just this was
-installed already: a hash over pyproject.toml, constraints.txt, this file and the place of the clone.
+installed already: a hash over pyproject.toml, constraints.txt, what is compiled, this file and the place of the
+clone.
 
 torch goes first and by itself, because left to itself pip fetches gigabytes of CUDA on Linux. The CPU
 wheel comes from PyTorch's own index when that can be reached. MYCEL_TORCH_INDEX names another one, or, set
@@ -26,6 +27,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".mycel-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
+KERNEL = ROOT / "compute" / "collective" / "kernel.c"
 JS = ROOT / "tests" / "e2e" / "js"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_S = 5
@@ -50,7 +52,7 @@ def is_current() -> bool:
 def wanted_stamp() -> str:
     """What the stamp must say."""
     digest = hashlib.sha256()
-    sources = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__))
+    sources = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__), KERNEL)
     for part in (str(ROOT).encode(), *(source.read_bytes() for source in sources)):
         digest.update(len(part).to_bytes(8, "big") + part)
     return f"{venv_version()} {digest.hexdigest()}\n"

@@ -8,10 +8,11 @@ import threading
 class Doorway:
     """`mycel.protocol.lane.Gate`, which its owner can close."""
 
-    __slots__ = ("_inside", "_turn", "is_closed")
+    __slots__ = ("_empty", "_inside", "_turn", "is_closed")
 
     def __init__(self) -> None:
-        self._turn = threading.Condition(threading.Lock())
+        self._turn = threading.Lock()
+        self._empty = threading.Condition(self._turn)
         self._inside = 0
         self.is_closed = False
 
@@ -28,11 +29,11 @@ class Doorway:
         with self._turn:
             self._inside -= 1
             if self.is_closed and not self._inside:
-                self._turn.notify_all()
+                self._empty.notify_all()
 
     def close(self) -> None:
         """Let nobody in any more, and wait for those inside: as long as it takes to seal or add a chunk."""
         with self._turn:
             self.is_closed = True
             while self._inside:
-                self._turn.wait()
+                self._empty.wait()

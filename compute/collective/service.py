@@ -202,6 +202,8 @@ class Group:
             self._core.call(trio.current_time(), tag, terms)
             self._act()
             await operation.done.wait()
+            await trio.lowlevel.checkpoint()  # what tells the others of it goes out first: a caller may now
+            await trio.lowlevel.checkpoint()  # keep trio's thread busy for as long as it likes
         finally:
             if operation.outcome is None:
                 await self._give_up(tag, operation)

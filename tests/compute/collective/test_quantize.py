@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mycel.compute.collective import quantize
 from mycel.compute.collective.quantize import CODECS, BlockCodec, NotFinite, codec_of, feed_back
 
 LOSS = {"int8": 0.5001, "int4": 1.0}
 SIZES = (1, 7, 511, 512, 513, 70_001)
+
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All that follows holds for the compiled kernel and for numpy."""
+    compiled = quantize.kernel
+    if request.param == "compiled" and compiled is None:
+        pytest.skip("the kernel was not built: there is no C compiler")
+    quantize.kernel = compiled if request.param == "compiled" else None
+    yield
+    quantize.kernel = compiled
 
 
 def pass_through(codec: BlockCodec, values: np.ndarray) -> np.ndarray:
