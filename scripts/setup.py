@@ -1,7 +1,7 @@
 """Make .venv and put everything into it that `make demo`, `make test` and `make check` need.
 
 Run by any Python >= 3.11 (`make` finds one). It does nothing when a stamp in .venv says that just this was
-installed already: a hash over pyproject.toml, constraints.txt, what is compiled, this file and the place of the
+installed already: a hash over pyproject.toml, constraints.txt, kernel.c, this file and the place of the
 clone.
 
 torch goes first and by itself, because left to itself pip fetches gigabytes of CUDA on Linux. The CPU

@@ -11,7 +11,7 @@ def encode_blocks(
     dither: Floats | None,
     decoded: Floats | None,
 ) -> bool:
-    """Fill `wire` from `items / divisor`, and `decoded` with what comes of it; False where one is not finite."""
+    """Fill `wire` from `items / divisor`, `decoded` with what comes of it; False where one is not finite."""
 
 def decode_blocks(wire: Bytes, out: Floats, bits: int, block: int, add: Floats | None) -> None:
     """Fill `out` with what `wire` means, plus `add`."""
