@@ -204,6 +204,30 @@ def test_a_program_that_spins_while_time_stands_still_is_named(monkeypatch):
     assert caught.group_contains(WorldStuck, match=r"at 2\.000 s time stands still .*spin_for_ever")
 
 
+def test_much_that_happens_at_one_moment_is_no_spin(monkeypatch):
+    monkeypatch.setattr(clock, "BUSY_PASSES_MAX", 1000)
+    seen = 0
+
+    async def main(timeline):
+        nonlocal seen
+        ready = trio.Event()
+
+        async def see_all():
+            nonlocal ready, seen
+            while seen < 3000:
+                await ready.wait()
+                ready = trio.Event()
+                seen += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(see_all)
+            for _ in range(3000):
+                timeline.at(2.0, lambda: ready.set())
+
+    play(main)
+    assert seen == 3000
+
+
 def test_a_thread_can_still_wake_a_task(monkeypatch):
     monkeypatch.setattr(clock, "STUCK_AFTER_S", 30.0)
 
