@@ -92,7 +92,17 @@ def ensemble() -> Callable[..., AbstractAsyncContextManager[Ensemble]]:
 
 def inputs(count: int, items: int, dtype: str = "float32") -> list[Array]:
     chance = np.random.default_rng(items)
-    return [(chance.standard_normal(items) * 20 - 5).astype(dtype) for _ in range(count)]
+    drawn = [chance.standard_normal(items) * 20 - 5 for _ in range(count)]
+    if dtype == "bfloat16":  # the upper half of a float32, which numpy has no word for
+        return [(row.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for row in drawn]
+    return [row.astype(dtype) for row in drawn]
+
+
+def numbers(array: Array, dtype: str) -> Array:
+    """What the items of `array` stand for."""
+    if dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -103,7 +113,9 @@ def inputs(count: int, items: int, dtype: str = "float32") -> list[Array]:
         (Rule("float32", "sum"), 3, 1e-5),
         (Rule("float64", "min"), 40_000, 0.0),
         (Rule("int64", "max"), 40_000, 0.0),
+        (Rule("int32", "sum"), 40_000, 0.0),
         (Rule("float16", "avg"), 30_000, 0.1),
+        (Rule("bfloat16", "avg"), 30_000, 1.0),
         (Rule("float32", "avg", "int8"), 100_003, 1.5),
         (Rule("float16", "avg", "int4"), 40_000, 40.0),
     ],
@@ -115,7 +127,7 @@ async def test_all_reduce_is_right_and_the_same_everywhere(
     async with ensemble(count) as those:
         arrays = inputs(count, items, rule.dtype)
         before = [array.copy() for array in arrays]
-        exact = np.stack(before).astype(np.float64)
+        exact = np.stack([numbers(array, rule.dtype) for array in before])
         wanted = {"avg": exact.mean(0), "sum": exact.sum(0), "min": exact.min(0), "max": exact.max(0)}[
             rule.op
         ]
@@ -137,7 +149,7 @@ async def test_all_reduce_is_right_and_the_same_everywhere(
         for one in staged:
             one.keep()
         assert len({array.tobytes() for array in [*arrays, *into]}) == 1
-        assert np.abs(arrays[0].astype(np.float64) - wanted).max() <= loss
+        assert np.abs(numbers(arrays[0], rule.dtype) - wanted).max() <= loss
 
 
 async def test_parts_wholes_and_broadcasts(ensemble: Any, autojump_clock: Clock) -> None:
