@@ -125,7 +125,7 @@ class LaneThread:
 
 
 class Cap:
-    """The most bytes a second that a node sends over its lanes, all together; 0 for no bound."""
+    """The most bytes a second that a node sends in bulk, over lanes and streams together; 0 for no bound."""
 
     BURST_S = 0.05
     """How far ahead of its rate a node may send."""
@@ -143,3 +143,7 @@ class Cap:
             begin = max(self._free_at, time.monotonic() - self.BURST_S)
             self._free_at = begin + count / self._rate
             return begin
+
+    def hold_s(self, count: int) -> float:
+        """The same as seconds from now."""
+        return max(0.0, self.reserve(count) - time.monotonic())

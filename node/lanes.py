@@ -54,7 +54,7 @@ class LaneOptions:
     encryption: Encryption = "aes-128-gcm"
     """"none" proves who is at the other end when a lane is set up, and protects nothing after that."""
     bytes_per_s: float = 0.0
-    """The most that this node sends over its lanes, all together; 0 for no bound."""
+    """The most that this node sends, over lanes and streams together; 0 for no bound."""
     limits: LaneLimits = DEFAULT_LANE_LIMITS
 
 
@@ -81,12 +81,12 @@ class SocketLanes:
         self._mesh = mesh
         self._options = options
         self._limits = options.limits
-        self._streams = StreamLanes(mesh, options.limits)
+        self._cap = Cap(options.bytes_per_s)
+        self._streams = StreamLanes(mesh, options.limits, self._cap.hold_s)
         is_plain = options.encryption == "none"
         self._desk = LaneDesk(
             mesh, rpc, self._limits, is_plain=is_plain, on_out=self._add_sender, on_in=self._add_receiver
         )
-        self._cap = Cap(options.bytes_per_s)
         self._taker: Taker | None = None
         self._pairs: dict[PeerId, _Pair] = {}
         self._receivers: dict[PeerId, list[LaneReceiver]] = {}

@@ -7,6 +7,7 @@ sealed and authenticated by the connection below. Control frames overtake parts.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -56,9 +57,16 @@ class _Outgoing:
 class StreamLanes:
     """`mycel.protocol.lane.Lanes` over any mesh, in trio's thread. `run` must be running while it is used."""
 
-    def __init__(self, mesh: Mesh, limits: LaneLimits = DEFAULT_LANE_LIMITS) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        limits: LaneLimits = DEFAULT_LANE_LIMITS,
+        hold_s: Callable[[int], float] = lambda count: 0.0,
+    ) -> None:
+        """`hold_s`: how long from now so many bytes must wait, for the sake of an owner's bound."""
         self._mesh = mesh
         self._limits = limits
+        self._hold_s = hold_s
         self._taker: Taker | None = None
         self._nursery: trio.Nursery | None = None
         self._outgoing: dict[PeerId, _Outgoing] = {}
@@ -149,12 +157,26 @@ class StreamLanes:
                 parcel.gate.leave()
             if not frame:
                 continue
+            await self._hold(stream, outgoing, len(frame))
             began = trio.current_time()
             await stream.send(frame)
             took = trio.current_time() - began
             if took >= SAMPLE_S:
                 fresh = len(frame) / took
                 self._rates[peer] = 0.8 * self._rates.get(peer, fresh) + 0.2 * fresh
+
+    async def _hold(self, stream: Stream, outgoing: _Outgoing, count: int) -> None:
+        """Wait until `count` bytes may go; control frames go meanwhile."""
+        pause = self._hold_s(count)
+        until = trio.current_time() + pause
+        while pause and (outgoing.urgent or trio.current_time() < until):
+            if outgoing.urgent:
+                head, body = outgoing.urgent.popleft()
+                await stream.send(head.pack() + body)
+                continue
+            outgoing.more = trio.Event()
+            with trio.move_on_at(until):
+                await outgoing.more.wait()
 
     def _lose(self, peer: PeerId, why: str) -> None:
         if self._taker is not None:

@@ -219,14 +219,16 @@ async def test_strangers_at_the_port_are_sent_away(some: Any) -> None:
                     assert await stream.receive_some() == b""
 
 
-async def test_a_node_sends_no_more_than_its_cap(some: Any) -> None:
+@pytest.mark.parametrize("lanes", [LIMITS.lanes, 0])
+async def test_a_node_sends_no_more_than_its_cap(some: Any, lanes: int) -> None:
     rate = 8e6
-    async with some(option(bytes_per_s=rate), option(bytes_per_s=rate)) as those:
+    plain = {} if lanes else {"encryption": "none"}  # no lanes then: bulk goes over streams
+    async with some(option(bytes_per_s=rate), option(bytes_per_s=rate, **plain)) as those:
         await those.average()  # sets up
         began = trio.current_time()
         await those.average()
         assert trio.current_time() - began > 0.8 * ITEMS * 4 / rate
-        assert those.lanes(0, 1) == LIMITS.lanes
+        assert those.lanes(0, 1) == lanes
 
 
 def test_cap_of_nothing_waits_for_nothing() -> None:
