@@ -85,6 +85,8 @@ class LaneThread:
 
     def _run(self) -> None:
         while not self._is_over:
+            if self._coming:
+                self._take_in()
             is_idle = True
             for lane in self._lanes:
                 if lane.step():
@@ -112,6 +114,8 @@ class LaneThread:
             elif events & READ:
                 key.data.has_news = True
         self._is_awake = False  # before it is looked what there is
+
+    def _take_in(self) -> None:
         while self._coming:
             lane = self._coming.popleft()
             self._selector.register(lane.sock, READ, lane)
