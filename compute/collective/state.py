@@ -7,6 +7,9 @@ what differs, chunk by chunk, from several of the others at once, and checks eac
 others do not wait for that: those who are asked keep a copy of the state as it was at this sync, until the
 one who lacked it has it or the next sync comes, and go on.
 
+A member that was left out counts as one that has been through no sync, however far it got alone or with
+others: where two parts of a group meet again, the state of the line that stays is the one that counts.
+
 Nothing is written into the caller's tensors before all of it has come and has been checked.
 
 A group whose members share state lets newcomers in at borders only (`Policy.admits`): a newcomer's first
@@ -109,6 +112,7 @@ class SharedState:
         self._list = Method(f"state.list/{group.name}", _Ask, Inventory)
         self._get = Method(f"state.get/{group.name}", _Ask, _Chunk)
         self._syncs = 0
+        self._fenced = group.fenced
         self._copies: dict[bytes, _Copy] = {}
         self._kept = trio.lowlevel.ParkingLot()
         self.fetched_bytes = 0
@@ -133,6 +137,8 @@ class SharedState:
         other names or sizes; the tensors are as they were then.
         """
         await self._group.border(tag=BORDER_TAG)
+        if self._group.fenced != self._fenced:  # what it did beside the group does not count
+            self._fenced, self._syncs = self._group.fenced, 0
         self._copies.clear()
         inventory = await _beside(state, take_stock)
         own = np.frombuffer(self._syncs.to_bytes(8, "big") + root_of(inventory), np.uint8)

@@ -199,6 +199,36 @@ async def test_where_all_senders_lie_nothing_is_written(swarm: Any) -> None:
 
 
 @simulated
+async def test_of_two_parts_that_meet_again_the_state_of_the_longer_line_counts(swarm: Any) -> None:
+    async with swarm() as world:
+        policy = Policy("any", "border")
+        members = [Member(world.start(policy), tensors(1.0)) for _ in range(3)]
+        for member in members:
+            world.nursery.start_soon(member.serve)
+        await trio.sleep(2)
+        await sync_all(members)
+        few, many = members[:1], members[1:]
+        world.world.cut([one.peer.mesh for one in few], [one.peer.mesh for one in many])
+        await trio.sleep(6)
+        for _ in range(5):  # it gets on faster, alone
+            few[0].state["big"] += 1
+            await sync_all(few)
+        for member in many:
+            member.state["big"] += 0.5
+        await sync_all(many)
+        world.world.heal()
+        await trio.sleep(6)
+        with trio.fail_after(60):
+            await sync_all(members)
+            while any(len(member.synced[-1].members) < 3 for member in members):
+                await sync_all(members)
+        same_state(members)
+        assert few[0].state["big"][0] == many[0].state["big"][0] == 1.5
+        assert any(synced.replaced for synced in few[0].synced[-2:])
+        assert not any(synced.replaced for member in many for synced in member.synced[-2:])
+
+
+@simulated
 async def test_a_group_that_lets_newcomers_in_anywhere_has_no_shared_state(swarm: Any) -> None:
     async with swarm() as world:
         peer = world.start(Policy())
