@@ -61,7 +61,12 @@ class FederateRunner:
         keys = _spec_of(spec)
         try:
             rules_of(keys)
-            strategy_of(keys)
+            strategy = strategy_of(keys)
+            if keys.fan_out and not strategy.is_linear:
+                raise UsageProblem(
+                    f"fan_out = {keys.fan_out}: strategy {keys.strategy!r} must see every update itself, so "
+                    "no client can add up for others; leave fan_out out, or take a linear strategy"
+                )
             code = files.get("code")
             if isinstance(code, Path):
                 code = await trio.to_thread.run_sync(code.read_bytes)
@@ -203,6 +208,10 @@ def rules_of(spec: FederateSpec) -> RoundRules:
     """When a round is good. Raises `UsageProblem`."""
     from mycel.compute.train.rounds import RoundRules
 
+    if 0 < spec.clients < spec.quorum:
+        raise UsageProblem(
+            f"clients = {spec.clients}: a round closes with its quorum of {spec.quorum} or more"
+        )
     return RoundRules(
         wanted=spec.clients,
         quorum=spec.quorum,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import trio
 from safetensors.numpy import load
 
@@ -14,7 +15,7 @@ from mycel.compute.train.inline import InlineTrainer
 from mycel.compute.train.trainer import Trainers
 from mycel.compute.train.workshop import Workshop
 from mycel.node.jobs.federate import FederateRunner
-from mycel.node.jobs.spec import read_spec
+from mycel.node.jobs.spec import JobInvalid, read_spec
 
 
 class Farm:
@@ -109,3 +110,23 @@ async def test_a_round_under_quorum_fails_the_job_aloud(swarm, autojump_clock, t
         job = (await nodes[0].jobs.submit(spec_of("few", 3, quorum=4, patience_s=1), {})).id
         assert await ended(s, nodes[1], job) == "failed"
         assert "has 3 of 4 updates, 3 clients are there" in nodes[1].view(job).text
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"strategy": "fedavgg"}, "no strategy 'fedavgg'"),
+        ({"tuning": {"rat": 1.0}}, "rat"),
+        ({"quorum": 4, "clients": 3}, "clients = 3: a round closes with its quorum of 4"),
+        ({"strategy": "flag", "fan_out": 4}, "must see every update itself"),
+        ({"app": "resnet"}, "built in are classifier"),
+    ],
+    ids=str,
+)
+async def test_what_can_only_fail_is_not_submitted(swarm, autojump_clock, tmp_path, keys, says):
+    farm = Farm(tmp_path)
+    async with swarm(farm.kind) as s:
+        (node,) = await s.grow(1)
+        with pytest.raises(JobInvalid, match=says):
+            await node.jobs.submit(spec_of("wrong", 3, **keys), {})
+        assert node.jobs.views().jobs == ()
