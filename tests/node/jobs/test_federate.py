@@ -117,7 +117,7 @@ async def test_a_round_under_quorum_fails_the_job_aloud(swarm, autojump_clock, t
     [
         ({"strategy": "fedavgg"}, "no strategy 'fedavgg'"),
         ({"tuning": {"rat": 1.0}}, "rat"),
-        ({"quorum": 4, "clients": 3}, "clients = 3: a round closes with its quorum, 4"),
+        ({"quorum": 4, "clients": 3}, "clients = 3: a round closes with its quorum of 4"),
         ({"strategy": "flag", "fan_out": 4}, "must see every update itself"),
         ({"app": "resnet"}, "built in are classifier"),
     ],
