@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +68,16 @@ class Churn:
         """Killed peers: when, and who had reduced with them just before."""
         self.after_kill: list[float] = []
         self.wrong: list[str] = []
-        self.ticked = 0.0
+        self.ticked = self.began = trio.current_time()
         self.stood_still_s = 0.0
+        self.story: deque[tuple[float, str]] = deque(maxlen=200)
+        """What happened lately: when, and what."""
+        self.long: list[str] = []
+        """Pauses that were too long, and what had happened before them."""
         self.events = dict.fromkeys(("come", "kill", "stop", "fenced", "reductions", "retried"), 0)
 
     async def run(self, seconds: float) -> None:
         """Play for so long."""
-        self.ticked = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.tick)
             for _ in range(3):
@@ -106,6 +110,7 @@ class Churn:
         self.ticked = now
         if late > LATE_S:
             self.stood_still_s += late
+            self.note(f"this process stood still for {late:.1f} s")
             for peer in self.peers:
                 peer.since = {tag: since + late for tag, since in peer.since.items()}
             self.missed = {peer: (when + late, who) for peer, (when, who) in self.missed.items()}
@@ -115,6 +120,7 @@ class Churn:
         """A process starts."""
         self.count += 1
         self.events["come"] += 1
+        self.note(f"peer {self.count} starts")
         command = [sys.executable, str(FAR), str(self.count)]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         peer = Peer(self.count, process)
@@ -124,6 +130,7 @@ class Churn:
     def kill(self, peer: Peer) -> None:
         """It dies at once."""
         self.events["kill"] += 1
+        self.note(f"peer {peer.number} is killed")
         self.peers.remove(peer)
         self.waited(peer)
         self.missed[peer.id] = (self.now(), [other for other in peer.last if other != peer.id])
@@ -133,12 +140,14 @@ class Churn:
     async def stop(self, peer: Peer, seconds: float) -> None:
         """It stands still for a while."""
         self.events["stop"] += 1
+        self.note(f"peer {peer.number} is stopped for {seconds:.1f} s")
         self.waited(peer)
         peer.is_stopped = True
         peer.process.send_signal(signal.SIGSTOP)
         await trio.sleep(seconds)
         if peer in self.peers:
             peer.process.send_signal(signal.SIGCONT)
+            self.note(f"peer {peer.number} goes on")
             self.waited(peer)
             peer.is_stopped = False
 
@@ -146,9 +155,21 @@ class Churn:
         """It has waited for results until now, be it that it has them or not."""
         now = self.now()
         for tag in tags:
+            pause = now - peer.since.get(tag, now)
             if tag in peer.since and not peer.is_stopped:
-                self.pauses.append(now - peer.since[tag])
+                self.pauses.append(pause)
+                if pause > PAUSE_S_MAX:
+                    self.long.append(
+                        f"{now - self.began:7.2f} peer {peer.number} waited {pause:.1f} s for {tag}"
+                    )
+                    self.long += [
+                        f"    {t:7.2f} {what}" for t, what in self.story if t > now - self.began - 2 * pause
+                    ]
             peer.since[tag] = now
+
+    def note(self, what: str) -> None:
+        """Something happened."""
+        self.story.append((trio.current_time() - self.began, what))
 
     async def listen(self, peer: Peer) -> None:
         """Take what a process says, until it is killed."""
@@ -168,6 +189,7 @@ class Churn:
         """One line of a peer."""
         if "address" in said:
             peer.id, peer.address = said["id"], said["address"]
+            self.note(f"peer {peer.number} is up")
             self.waited(peer)
             self.numbers[peer.id] = peer.number
             everybody = {p.id: (p.number, p.address) for p in self.peers if p.id}
@@ -177,6 +199,7 @@ class Churn:
             return
         if "fenced" in said:
             self.events["fenced"] += 1
+            self.note(f"peer {peer.number} is fenced")
             if not said["untouched"]:
                 self.wrong.append(f"peer {peer.number} was fenced, and its array is not as it was")
             return
@@ -201,17 +224,23 @@ class Churn:
             self.wrong.append(f"{name}: the sum over {said['of']} is not {said['sum']}")
 
 
+async def play(seed: int, seconds: float) -> Churn:
+    """Churn for so long."""
+    churn = Churn(seed)
+    await churn.run(seconds)
+    return churn
+
+
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    churn = Churn(options.seed)
-    trio.run(churn.run, options.seconds)
+    churn = trio.run(play, options.seed, options.seconds)
     longest = max(churn.pauses, default=options.seconds)
-    for wrong in churn.wrong[:20]:
-        print(wrong)
+    for line in [*churn.wrong[:20], *churn.long[:100]]:
+        print(line)
     report(
         "churn",
         {

@@ -285,6 +285,8 @@ async def share(
             finding.check(said["synced"] == "kept", f"peer {peer.number}: {said}")
             if finding.wrong:
                 return
+        if peer is victim:
+            return  # it gives to others yet
         behind = crowd.names(said["behind"])
         finding.results.append(
             {"peer": peer.number, "root": said["root"], "replaced": said["replaced"], "behind": behind}

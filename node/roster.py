@@ -89,6 +89,10 @@ class Roster:
             peering.goodbye = lost
         if peering.links:
             self._refresh(peering)
+            if not link.superseded and all(other.draining for other in peering.links):
+                peering.goodbye = peering.goodbye or lost
+                for other in list(peering.links):  # they open no streams, and keep others from dialling
+                    other.end("closed", "the connection that took over from it is lost")
             return
         del self._peerings[peering.peer]
         if peering.up:

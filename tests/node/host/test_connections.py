@@ -142,6 +142,42 @@ def test_a_stream_that_never_ends_does_not_keep_a_second_connection(play, seed):
     play(scenario, seed=seed)
 
 
+def test_when_the_connection_that_stayed_dies_the_peer_is_down_and_can_be_dialled(play):
+    """The one that was given up for it opens no streams any more: it does not stand for being connected."""
+
+    async def scenario(world):
+        a, b = await world.host("a"), await world.host("b")
+
+        async def hold(host, other):
+            peer = await host.connect(other.listen_addrs)
+            stream = await host.open_stream(peer, "/echo")
+            with pytest.raises(ConnectionLost):
+                while True:
+                    await stream.send(b"there")
+                    await stream.receive_some()
+
+        for host in (a, b):
+            host.serve_stream("/echo", echo)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hold, a, b)
+            nursery.start_soon(hold, b, a)
+            await trio.sleep(1)
+            assert a.connections == b.connections == 2
+            (kept,) = [link for link in a._links if not link.draining]
+            events = []
+            world.nursery.start_soon(world.collect, a, events)
+            await trio.sleep(0.1)
+            kept.end("silent", "cut by the test")
+            await trio.sleep(0.3)
+            assert [(event.peer, event.reason) for event in events] == [(b.peer_id, "silent")]
+        await a.connect(b.listen_addrs)
+        stream = await a.open_stream(b.peer_id, "/echo")
+        await stream.send(b"again")
+        assert await stream.receive_some() == b"again"
+
+    play(scenario)
+
+
 def test_simultaneous_dials_are_told_as_one_peer_coming_up(play):
     async def scenario(world):
         a, b = await world.host("a"), await world.host("b")
