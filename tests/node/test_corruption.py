@@ -42,7 +42,7 @@ class Open:
 
 
 class Proxy:
-    """Passes a connection's bytes on; while it corrupts, one in a hundred that its dialler says is changed."""
+    """Passes a connection's bytes on; while it corrupts, one in a hundred of its dialler's is changed."""
 
     def __init__(self, port: int) -> None:
         self._target = port
