@@ -11,6 +11,9 @@ on its own data; then the way it went, averaged over all peers, moves the weight
         diloco.step()
     diloco.finish()
 
+The optimizer and its schedule are one's own, set for the batch of one peer: Adam with betas[1] = 0.999 rather
+than 0.95 where that is small (docs/architecture.md says what it makes).
+
 Peers come, go and differ in speed: `compute.train.border` says how that is weighed. Whoever is new or missed
 a step gets the shared state at a border, and is in every sum that is begun after it.
 

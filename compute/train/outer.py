@@ -34,7 +34,11 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class OuterOptions:
-    """Settings of the outer optimizer. The defaults are DiLoCo's own."""
+    """Settings of the outer optimizer. The defaults are DiLoCo's own.
+
+    In runs of some hundred outer steps rate 1 with momentum 0.7 was better, and with overlap rate 0.7 with
+    momentum 0.5: docs/architecture.md has the figures.
+    """
 
     rate: float = 0.7
     momentum: float = 0.9
