@@ -72,9 +72,8 @@ def share(number: int, steps: int) -> float:
 class Trainer:
     """The model, its inner optimizer with its schedule, and the batches of `workers`, by their numbers.
 
-    Adam remembers squares for a thousand steps, as it does by default. With the 20 steps of betas[1] = 0.95 a
-    batch of 64 makes them so noisy that workers of small batches fall behind one of large ones, however often
-    they are averaged.
+    Adam remembers squares for a thousand steps, as it does by default: with betas[1] = 0.95 workers of small
+    batches fall behind one of large ones, even if they are averaged at every step.
     """
 
     def __init__(self, ask: Mapping[str, Any], text: torch.Tensor, workers: Iterable[int]) -> None:
