@@ -105,6 +105,9 @@ class Succession:
         """It is back; what was said meanwhile may be lost, so the next epoch is wanted all the same."""
         if self._lost.get(peer, -math.inf) > -math.inf:
             del self._lost[peer]
+            if self._proposal is not None and self._proposal.value is None:
+                self._proposal.promises[self._me] = self._promise(self._proposal.ballot)
+            self.press()
 
     def miss(self, now: float, peer: PeerId) -> None:
         """A lost member was dialled in vain: nobody needs to wait for it any longer."""

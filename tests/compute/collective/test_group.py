@@ -68,6 +68,15 @@ SCRIPTS = {
         together a b
         ended x kept a b
     """,
+    "who is back while the next epoch is made is asked for it again at once": """
+        start a b c
+        run 3
+        cut a c
+        run 0.1
+        heal
+        run 0.2
+        epoch 3 a b c
+    """,
     "a member that falls silent is waited for a quarter of a second more": """
         start a b c
         run 3
