@@ -97,6 +97,8 @@ class Succession:
             self._lost[peer] = now + (self._limits.silent_s if was_silent else self._limits.grace_s)
             why = f"{peer} is not connected to {self._me}"
             self._tell(self.here, Suspect(self._place, peer, why))  # who comes first may not have noticed
+            if self._proposal is not None and self._proposal.value is None:
+                self._proposal.promises.pop(peer, None)  # else it would be in the next epoch
             self.want(now, why)
             if self._acceptor.promised[1] == peer:  # nothing comes of what it proposed
                 self._begin_at = min(self._begin_at, now + self._limits.stagger_s * self.rank())

@@ -68,6 +68,15 @@ SCRIPTS = {
         together a b
         ended x kept a b
     """,
+    "who dies after it gave its voice for the next epoch is not waited for in it": """
+        start a b c
+        run 3
+        cut b c          # they are given time to connect
+        run 0.1
+        kill c
+        run 0.1
+        together a b
+    """,
     "who is back while the next epoch is made is asked for it again at once": """
         start a b c
         run 3
