@@ -13,8 +13,10 @@ from crowd import Crowd, Peer
 
 MID = 6
 """Of some twenty pieces that a member takes in each phase: in the midst of it."""
-ROUNDS = 20
-"""Syncs until all do them together."""
+ROUNDS = 100
+"""Syncs until all do them together..."""
+LOOK_S = 0.2
+"""...and between two."""
 STATE_MID = 5
 """Of 24 chunks."""
 
@@ -278,6 +280,7 @@ async def share(
         for _ in range(ROUNDS):
             if of == everybody:
                 break
+            await trio.sleep(LOOK_S)  # who comes may not be connected to all yet
             since = time.monotonic()
             await peer.tell(sync=value)
             said = await peer.hear("synced", since)
