@@ -275,7 +275,7 @@ class LaneReceiver:
             return False
         if not got:
             if self._at or self._head is not None:
-                raise RemoteProtocolError("the lane ended within a frame")
+                raise ConnectionResetError("it ended within a frame")  # as when a machine dies
             self.is_over = True
             return True
         self._at += got
