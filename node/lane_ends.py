@@ -235,8 +235,6 @@ class LaneReceiver:
         self._at = 0
         self.moved = 0
         """Bytes that came so far."""
-        self.why = ""
-        """What ended it, empty where its sender did."""
 
     def end(self) -> None:
         """End the lane; from any thread."""
@@ -249,12 +247,10 @@ class LaneReceiver:
         try:
             return self._receive_some()
         except OSError as error:
-            self.why = f"was lost: {error.strerror or error}"
+            log.debug("a lane of %s was lost: %s", self._peer, error)
         except MycelError as error:
-            self.why = str(error)
             log.warning("a lane of %s was given up: %s", self._peer, error)
         except Exception:  # boundary: a bug in working a piece in must not end the thread of all lanes
-            self.why = "was given up for an error of this node"
             log.exception("a lane of %s was given up", self._peer)
         self.is_over = True
         return True
