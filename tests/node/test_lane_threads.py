@@ -86,11 +86,12 @@ def test_a_full_lane_is_driven_again_once_its_socket_takes_more(
     filled, moved = threading.Event(), threading.Event()
 
     def push() -> bool:
+        if moved.is_set():
+            lane.is_over = True
+            return True
         try:
             lane.sock.send(bytes(1 << 16))
         except BlockingIOError:
-            if filled.is_set() and not moved.is_set():
-                return False
             lane.is_full = True
             filled.set()
             return False
@@ -101,10 +102,9 @@ def test_a_full_lane_is_driven_again_once_its_socket_takes_more(
     lane = make(push)
     thread.add(lane)
     assert filled.wait(LONG_S)
-    while lane.far.recv(1 << 20) and not moved.is_set():
-        pass
-    lane.is_over = True
-    assert moved.is_set()
+    while not moved.is_set():
+        lane.far.recv(1 << 20)
+    assert lane.left.wait(LONG_S)
 
 
 def test_a_lane_that_is_over_is_left_and_closed_and_others_go_on(
