@@ -1,10 +1,9 @@
 """The threads that drive lanes: each has some sockets of both directions, and waits for all of them at once.
 
 What came is worked in and what follows from it is sent by the same thread, so that a chunk is received,
-deciphered, added to, sealed and sent on while it is in one core's cache, and no thread waits for another.
-A thread of its own for each socket and direction takes a third longer between two processes on two cores, and
-half as long again between four. As many threads as there are lanes to a peer share the work where one core is
-less than the line.
+deciphered, added to, sealed and sent on while it is in one core's cache, and no thread waits for another's
+lock, Python's included. As many threads as there are lanes to a peer share the work where one core is less
+than the line.
 
 A lane is asked to make a `step`, over and over, for as long as any does something: to try a socket costs less
 than to ask which are ready. Then the thread sleeps until a socket can be read, or written where a lane waits
