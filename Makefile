@@ -39,8 +39,9 @@ format: setup  ## put the sources into shape
 bench: setup  ## measure: make bench NAME=rpc (SAVE=1 keeps the result in bench/results)
 	@$(RUN) bench/run.py $(if $(SAVE),--save) $(NAME)
 
-soak: setup  ## 20 seeded deaths of daemons in mid-sentence (ARGS="--seeds 100 --first 20"), a group's deaths in every phase, 10 minutes of its churn (SECONDS=60)
+soak: setup  ## 20 seeded deaths of daemons in mid-sentence (ARGS="--seeds 100 --first 20"), 10 000 connections, a group's deaths in every phase, 10 minutes of its churn (SECONDS=60)
 	@$(RUN) bench/run.py $(if $(SAVE),--save) soak $(ARGS)
+	@MYCEL_TEST_CONNECTIONS=10000 $(RUN) -m pytest -q tests/node/host/test_churn.py
 	@$(RUN) bench/run.py $(if $(SAVE),--save) kills
 	@$(RUN) bench/run.py $(if $(SAVE),--save) churn --seconds $(or $(SECONDS),600)
 
