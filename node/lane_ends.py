@@ -143,8 +143,8 @@ class LaneSender:
 
     def pause_s(self) -> float | None:
         """See `LaneEnd.pause_s`."""
-        if not self._frame_bytes or not self._not_before:
-            return None
+        if not self._frame_bytes or not self._not_before or self.is_full:
+            return None  # where its socket is full, that is what it waits for
         return max(0.0, self._not_before - time.monotonic())
 
     def leave(self) -> None:

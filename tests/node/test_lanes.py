@@ -16,17 +16,18 @@ import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mycel.compute.collective.attempt import Attempt, AttemptFailed, Rule
+from mycel.compute.collective.gate import Doorway
 from mycel.compute.collective.mover import RingMover
 from mycel.node import lane_setup
 from mycel.node.host import Host
-from mycel.node.lane_ends import LaneSender
-from mycel.node.lane_threads import Cap
+from mycel.node.lane_ends import LaneSender, Waiting
+from mycel.node.lane_threads import Cap, LaneThread
 from mycel.node.lane_wire import HELLO_BYTES, Opener, Sealer, derive_keys
 from mycel.node.lanes import LaneOptions, SocketLanes
 from mycel.node.tcp import TcpNetwork
 from mycel.protocol.errors import RemoteProtocolError
 from mycel.protocol.keys import OwnKey
-from mycel.protocol.lane import PART, Head
+from mycel.protocol.lane import PART, Head, Parcel
 from mycel.protocol.limits import LaneLimits
 from mycel.protocol.mesh import Access
 from mycel.protocol.rpc import Rpc
@@ -229,6 +230,23 @@ async def test_a_node_sends_no_more_than_its_cap(some: Any, lanes: int) -> None:
         await those.average()
         assert trio.current_time() - began > 0.8 * ITEMS * 4 / rate
         assert those.lanes(0, 1) == lanes
+
+
+def test_a_capped_lane_whose_socket_is_full_waits_for_that_alone() -> None:
+    """Else its thread would ask again and again, without a pause, until there is room."""
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        waiting = Waiting()
+        body = memoryview(bytes(4 << 20))
+        waiting.put([Parcel("B", HEAD._replace(length=len(body)), lambda: body, Doorway())])  # type: ignore[arg-type]
+        thread = LaneThread()
+        lane = LaneSender(near, Sealer(None), waiting, Cap(1e12), thread, lambda lane: None)
+        while lane.step():
+            assert not lane.is_over
+        assert lane.is_full
+        assert lane.pause_s() is None
+        thread.stop()
 
 
 def test_cap_of_nothing_waits_for_nothing() -> None:
