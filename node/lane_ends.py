@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from mycel.node.lane_threads import Cap, LaneThread
+from mycel.node.lane_threads import LaneThread
 from mycel.node.lane_wire import BODY_BYTES_MAX, TAG_BYTES, Opener, Sealer
 from mycel.protocol.errors import MycelError, RemoteProtocolError
 from mycel.protocol.lane import Gate, Head, Parcel, Taker
@@ -28,6 +28,31 @@ log = logging.getLogger("mycel.lanes")
 
 SENT_MAX = 4096
 """Parcels kept to be sent again before those of closed gates are looked for."""
+
+
+class Cap:
+    """The most bytes a second that a node sends in bulk, over lanes and streams together; 0 for no bound."""
+
+    BURST_S = 0.05
+    """How far ahead of its rate a node may send."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate = bytes_per_s
+        self._turn = threading.Lock()
+        self._free_at = 0.0
+
+    def reserve(self, count: int) -> float:
+        """When `count` bytes may go, on `time.monotonic`'s clock; their turn is taken."""
+        if not self._rate:
+            return 0.0
+        with self._turn:
+            begin = max(self._free_at, time.monotonic() - self.BURST_S)
+            self._free_at = begin + count / self._rate
+            return begin
+
+    def hold_s(self, count: int) -> float:
+        """The same as seconds from now."""
+        return max(0.0, self.reserve(count) - time.monotonic())
 
 
 class Waiting:

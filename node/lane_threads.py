@@ -16,7 +16,6 @@ import contextlib
 import selectors
 import socket
 import threading
-import time
 from collections import deque
 from typing import Protocol
 
@@ -125,28 +124,3 @@ class LaneThread:
         self._selector.unregister(lane.sock)
         lane.leave()
         lane.sock.close()
-
-
-class Cap:
-    """The most bytes a second that a node sends in bulk, over lanes and streams together; 0 for no bound."""
-
-    BURST_S = 0.05
-    """How far ahead of its rate a node may send."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._rate = bytes_per_s
-        self._turn = threading.Lock()
-        self._free_at = 0.0
-
-    def reserve(self, count: int) -> float:
-        """When `count` bytes may go, on `time.monotonic`'s clock; their turn is taken."""
-        if not self._rate:
-            return 0.0
-        with self._turn:
-            begin = max(self._free_at, time.monotonic() - self.BURST_S)
-            self._free_at = begin + count / self._rate
-            return begin
-
-    def hold_s(self, count: int) -> float:
-        """The same as seconds from now."""
-        return max(0.0, self.reserve(count) - time.monotonic())

@@ -25,9 +25,9 @@ import trio
 
 from mycel.compute.collective.streams import StreamLanes
 from mycel.node.lane_desk import LaneDesk
-from mycel.node.lane_ends import LaneReceiver, LaneSender, Waiting
+from mycel.node.lane_ends import Cap, LaneReceiver, LaneSender, Waiting
 from mycel.node.lane_setup import LANES_MAX
-from mycel.node.lane_threads import Cap, LaneThread
+from mycel.node.lane_threads import LaneThread
 from mycel.node.lane_wire import Opener, Sealer
 from mycel.protocol.errors import MycelError
 from mycel.protocol.lane import Head, Parcel, Taker

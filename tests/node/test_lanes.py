@@ -20,8 +20,8 @@ from mycel.compute.collective.gate import Doorway
 from mycel.compute.collective.mover import RingMover
 from mycel.node import lane_setup
 from mycel.node.host import Host
-from mycel.node.lane_ends import LaneSender, Waiting
-from mycel.node.lane_threads import Cap, LaneThread
+from mycel.node.lane_ends import Cap, LaneSender, Waiting
+from mycel.node.lane_threads import LaneThread
 from mycel.node.lane_wire import HELLO_BYTES, Opener, Sealer, derive_keys
 from mycel.node.lanes import LaneOptions, SocketLanes
 from mycel.node.tcp import TcpNetwork
